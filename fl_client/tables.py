@@ -1,0 +1,242 @@
+"""A data set as it is trained on: parallel columns of text, label, completion and group."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fl_client import docstrings
+from fl_client.columns import Roles, Task, find_roles
+from fl_client.raw import Frame
+from fl_client.sources import read_source
+from vblora.errors import ConfigError, DataError
+
+__all__ = ["Corpus", "Table", "load_corpus"]
+
+CARVED_SHARE, MOST_CARVED = 10, 2000  # one row in ten is held out where the data has no part to evaluate on
+
+
+@dataclass(frozen=True)
+class Table:
+    """Parallel columns, one entry an example.
+
+    text: the text to classify or to learn; with completions, the prompt.
+    label: label names (classification).
+    completion: what follows the prompt (causal-lm).
+    group: what a partition keeps together or goes by.
+    """
+
+    text: list[str]
+    label: list[str] | None = None
+    completion: list[str] | None = None
+    group: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {
+            len(column)
+            for column in (self.text, self.label, self.completion, self.group)
+            if column is not None
+        }
+        if len(lengths) > 1:
+            raise DataError(f"table: columns of {sorted(lengths)} entries, expected equal lengths")
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def take(self, indices: Iterable[int]) -> Table:
+        """The rows at these positions, in this order."""
+        places = [int(place) for place in indices]
+
+        def pick(column: list[str] | None) -> list[str] | None:
+            return None if column is None else [column[place] for place in places]
+
+        return Table(
+            [self.text[place] for place in places], *map(pick, (self.label, self.completion, self.group))
+        )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run trains and evaluates on.
+
+    labels: sorted names, by number where all are whole numbers; () for causal-lm.
+    versions: where the text depends on what is installed, of what; else {}.
+    """
+
+    name: str
+    train: Table
+    test: Table
+    labels: tuple[str, ...]
+    versions: dict[str, str]
+
+
+def load_corpus(
+    data: str,
+    task: str,
+    *,
+    text_column: str = "",
+    label_column: str = "",
+    group_column: str = "",
+    eval_split: str = "",
+    max_examples: int = 0,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+) -> Corpus:
+    """Read a data set and find what it is made of.
+
+    Rows whose text, label or completion is missing or blank are dropped. A plain .txt file is cut at blank
+    lines; where paragraphs begin with "SPEAKER:", `group_column="speaker"` groups by it.
+
+    Args:
+        data: "docstrings" (the embedded data set), a local file (csv, tsv, json, jsonl, parquet, txt; .gz
+            too), a folder with train*, dev*, valid* or test* files, or a hub id OWNER/NAME or
+            OWNER/NAME:CONFIG.
+        task: "classification", "causal-lm", or "auto" (see `columns.find_roles`, as for the column names).
+        text_column: text or prompt; found by its usual names if "". "a+b" joins two columns by a blank line.
+        label_column: label, or completion for causal-lm; found by its usual names if "".
+        group_column: column of `Table.group`; "" for none (docstrings: the module).
+        eval_split: "dev", "test", "dev+test", or "": dev where there is one, else test, else a seeded tenth
+            (at most 2,000 rows) carved off train, equal texts kept on one side.
+        max_examples: training rows, a seeded random subset in the original order; 0 for all.
+        seed: of what is carved and capped; for docstrings, of which modules are read.
+        cache_dir: see `docstrings.load` and `sources.read_source`; None for their own defaults.
+
+    Raises:
+        ConfigError: an unknown task or `eval_split`, or a negative `max_examples`.
+        DataError: nothing there, unreadable, empty, a column that is missing, one label only, or test labels
+            that train does not have.
+    """
+    if max_examples < 0:
+        raise ConfigError(f"max_examples is {max_examples}, expected 0 (all) or more")
+    versions: dict[str, str] = {}
+    if data == "docstrings":
+        train_frames, test_frames, versions = _docstring_frames(eval_split, max_examples, seed, cache_dir)
+        group_column = group_column or "module"
+    else:
+        train_frames, test_frames = read_source(data, eval_split, cache_dir)
+    kind, roles = find_roles(
+        list(train_frames[0].columns),
+        task,
+        train_frames[0].where,
+        text_column=text_column,
+        label_column=label_column,
+        group_column=group_column,
+    )
+    train = _read_table(train_frames, roles)
+    if test_frames:
+        grouped = all(roles.group in frame.columns for frame in test_frames)
+        test = _read_table(test_frames, roles if grouped else replace(roles, group=""))
+    else:
+        train, test = _carve(train, seed, data)
+    labels = _labels(train, test, kind, f"{data}: label column {roles.label!r}")
+    if 0 < max_examples < len(train):
+        chosen = np.random.default_rng(seed).choice(len(train), max_examples, replace=False)
+        train = train.take(np.sort(chosen))
+    path = Path(data).expanduser()
+    return Corpus((path.exists() and path.name.split(".")[0]) or data, train, test, labels, versions)
+
+
+def _docstring_frames(
+    eval_split: str, max_examples: int, seed: int, cache_dir: Path | None
+) -> tuple[list[Frame], list[Frame], dict[str, str]]:
+    if eval_split not in ("", "test"):
+        raise DataError(f"docstrings: no split {eval_split!r} to evaluate on; found train, test")
+    read = docstrings.load(max_examples, seed, cache_dir)
+    frames = [
+        Frame(
+            "docstrings",
+            {name: [getattr(row, name) for row in part] for name in ("text", "library", "module")},
+        )
+        for part in (read.train, read.test)
+    ]
+    return frames[:1], frames[1:], read.versions
+
+
+def _read_table(frames: Sequence[Frame], roles: Roles) -> Table:
+    """The rows of all frames whose text, label and completion are there."""
+    rows = [row for frame in frames for row in _rows(frame, roles) if all(part.strip() for part in row[:3])]
+    if not rows:
+        names = ", ".join(map(repr, roles.named))
+        raise DataError(f"{frames[0].where}: found no row with text in all of {names}")
+    text, label, completion, group = (list(column) for column in zip(*rows, strict=True))
+    return Table(
+        text,
+        label if roles.label else None,
+        completion if roles.completion else None,
+        group if roles.group else None,
+    )
+
+
+def _rows(frame: Frame, roles: Roles) -> Iterator[tuple[str, str, str, str]]:
+    """(text, label, completion, group) of each row; a role that no column plays repeats the text."""
+    missing = [name for name in roles.named if name not in frame.columns]
+    if missing:
+        found = ", ".join(map(repr, frame.columns))
+        raise DataError(f"{frame.where}: no column {missing[0]!r}, which train has; found {found}")
+    parts = zip(*(_strings(frame, name) for name in roles.text), strict=True)
+    text = ["\n\n".join(part for part in row if part.strip()) for row in parts]
+    label = [name.strip() for name in _strings(frame, roles.label)] if roles.label else text
+    completion = _strings(frame, roles.completion) if roles.completion else text
+    group = _strings(frame, roles.group) if roles.group else text
+    return zip(text, label, completion, group, strict=True)
+
+
+def _strings(frame: Frame, name: str) -> list[str]:
+    """A column as text: "" for what is missing, "1" for 1.0 (a column of whole numbers with gaps is stored
+    as floats)."""
+
+    def text(value: Any) -> str:
+        if value is None or value != value:
+            return ""
+        if isinstance(value, float) and value.is_integer():
+            return str(int(value))
+        if isinstance(value, (list, tuple, dict, bytes)):
+            raise DataError(
+                f"{frame.where}: column {name!r} holds {type(value).__name__} values, expected text"
+            )
+        return str(value)
+
+    return [text(value) for value in frame.columns[name][:]]
+
+
+def _carve(table: Table, seed: int, where: str) -> tuple[Table, Table]:
+    """Hold out a tenth of the rows, at least one and about 2,000 at most.
+
+    Equal texts go to one side (a prompt with several references must not be on both), and a row whose label
+    would be missing from train stays there.
+    """
+    place = {text: number for number, text in enumerate(dict.fromkeys(table.text))}
+    which = np.array([place[text] for text in table.text])
+    order = np.random.default_rng(seed).permutation(len(place))
+    goal = min(max(1, len(table) // CARVED_SHARE), MOST_CARVED)
+    held_texts = np.searchsorted(np.cumsum(np.bincount(which)[order]), goal) + 1
+    held = np.isin(which, order[:held_texts])
+    if table.label is not None:
+        label = np.asarray(table.label)
+        held &= np.isin(label, label[~held])
+    if not held.any() or held.all():
+        raise DataError(f"{where}: {len(table)} rows are too few to hold some out; add rows or a test file")
+    return table.take(np.flatnonzero(~held)), table.take(np.flatnonzero(held))
+
+
+def _labels(train: Table, test: Table, task: Task, where: str) -> tuple[str, ...]:
+    """All label names in order; none for causal-lm."""
+    if task == "causal-lm" or train.label is None or test.label is None:
+        return ()
+    names = set(train.label)
+    if len(names) < 2:
+        raise DataError(f"{where} holds one value only, {min(names)!r}; expected at least two classes")
+    unseen = sorted(set(test.label) - names)
+    if unseen:
+        listed = ", ".join(map(repr, unseen[:5])) + (" ..." if len(unseen) > 5 else "")
+        raise DataError(
+            f"{where} has {len(unseen)} values in the evaluated part that train does not have ({listed}); "
+            "name another column with label_column, or another part with eval_split"
+        )
+    whole = all(re.fullmatch(r"-?\d+", name) for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name), name) if whole else (0, name)))

@@ -1,0 +1,131 @@
+"""What a model learns to do: how texts become examples, the loss of each client, and the sums that a score is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fl_client.batches import IGNORED, Batch, Examples
+from vblora.errors import DataError
+
+if TYPE_CHECKING:  # reading tables needs `datasets`; training on tokens does not
+    from fl_client.tables import Table
+
+__all__ = ["CausalLM", "Classification", "Task"]
+
+
+class Task(Protocol):
+    """One kind of learning problem."""
+
+    @property
+    def metric(self) -> str:
+        """Name of the score."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names by index; empty without classes."""
+
+    def encode(self, tokenizer: Any, table: Table, max_length: int) -> Examples:
+        """Tokenise a table; texts are cut at `max_length` tokens."""
+
+    def losses(self, logits: Tensor, batch: Batch, clients: int) -> Tensor:
+        """(C,) mean loss of each client's rows, in nats; 0 for a client without rows."""
+
+    def sums(self, logits: Tensor, batch: Batch) -> dict[str, float]:
+        """Sums over a batch that add up over batches and clients: `eval-examples`, `eval-loss-sum`, `eval-correct`."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One label a text; the score is accuracy."""
+
+    labels: tuple[str, ...]
+    metric: str = "accuracy"
+
+    def encode(self, tokenizer: Any, table: Table, max_length: int) -> Examples:
+        if table.label is None:
+            raise DataError("classification: the data has no label column; name it with --label-column")
+        index = {label: number for number, label in enumerate(self.labels)}
+        ids = tokenizer(list(table.text), truncation=True, max_length=max_length)["input_ids"]
+        return _examples(ids, [index[label] for label in table.label])
+
+    def losses(self, logits: Tensor, batch: Batch, clients: int) -> Tensor:
+        rows = functional.cross_entropy(logits.float(), batch.targets, ignore_index=IGNORED, reduction="none")
+        counts = (batch.targets != IGNORED).view(clients, -1).sum(dim=1)
+        return rows.view(clients, -1).sum(dim=1) / counts.clamp(min=1)
+
+    def sums(self, logits: Tensor, batch: Batch) -> dict[str, float]:
+        real = batch.targets != IGNORED
+        loss = functional.cross_entropy(logits.float(), batch.targets, ignore_index=IGNORED, reduction="sum")
+        correct = (logits.argmax(dim=-1) == batch.targets) & real
+        return {
+            "eval-examples": int(real.sum()),
+            "eval-loss-sum": float(loss.double()),
+            "eval-correct": int(correct.sum()),
+        }
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Next-token prediction on the completion of each row (on the whole text where there is no prompt).
+
+    The score is the mean loss in nats per completion token; lower is better.
+    """
+
+    labels: tuple[str, ...] = ()
+    metric: str = "loss"
+
+    def encode(self, tokenizer: Any, table: Table, max_length: int) -> Examples:
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        prompts = tokenizer(list(table.text), add_special_tokens=False)["input_ids"]
+        if table.completion is None:
+            return _examples(
+                [(start + ids + end)[:max_length] for ids in prompts], [len(start)] * len(prompts)
+            )
+        completions = tokenizer(list(table.completion), add_special_tokens=False)["input_ids"]
+        rows, leading = [], []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            answer = (completion + end)[: max_length // 2]
+            # The end of a prompt is next to what is asked, so a long prompt loses its beginning.
+            kept = start + prompt[max(0, len(prompt) - (max_length - len(answer) - len(start))) :]
+            rows.append(kept + answer)
+            leading.append(len(kept))
+        return _examples(rows, leading)
+
+    def losses(self, logits: Tensor, batch: Batch, clients: int) -> Tensor:
+        tokens, real = self._token_losses(logits, batch)
+        return tokens.view(clients, -1).sum(dim=1) / real.view(clients, -1).sum(dim=1).clamp(min=1)
+
+    def sums(self, logits: Tensor, batch: Batch) -> dict[str, float]:
+        tokens, real = self._token_losses(logits, batch)
+        right = (logits[:, :-1].argmax(dim=-1) == batch.tokens[:, 1:]) & real
+        return {
+            "eval-examples": int(real.sum()),
+            "eval-loss-sum": float(tokens.double().sum()),
+            "eval-correct": int(right.sum()),
+        }
+
+    def _token_losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(rows, T - 1) loss of each predicted token, 0 outside completions, and where it counts."""
+        places = torch.arange(1, batch.tokens.shape[1], device=batch.tokens.device)
+        leading = torch.where(batch.targets == IGNORED, batch.tokens.shape[1], batch.targets)
+        real = (batch.mask[:, 1:] > 0) & (places >= leading.unsqueeze(1))
+        wanted = torch.where(real, batch.tokens[:, 1:], IGNORED)
+        losses = functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
+        )
+        return losses, real
+
+
+def _examples(ids: Sequence[Sequence[int]], targets: Sequence[int]) -> Examples:
+    lengths = np.fromiter((len(row) for row in ids), np.int64, len(ids))
+    tokens = np.fromiter((token for row in ids for token in row), np.int32, int(lengths.sum()))
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Examples(tokens, starts, np.asarray(targets, np.int64))

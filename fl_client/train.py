@@ -1,0 +1,201 @@
+"""Local training and evaluation of a cohort: C clients in one forward over one frozen base. Alone is a cohort of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_client.batches import Examples, collate, plan_round
+from fl_client.optim import AdamW
+from fl_client.tasks import Task
+from vblora.candidates import CHECK_EVERY
+from vblora.errors import raise_faults
+from vblora.model import AdaptedModel
+from vblora.state import State, Update
+
+__all__ = ["Job", "LocalSettings", "Trained", "evaluate", "train_cohort"]
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """How a client trains in one round.
+
+    Attributes:
+        steps: local steps of AdamW; its moments start at zero each round.
+        batch_size: texts a step.
+        lr_bank, lr_logits, lr_rows, lr_head: learning rates by tensor; `rows` are LoRA's.
+        clip_norm: largest gradient norm; 0 is off.
+    """
+
+    steps: int = 10
+    batch_size: int = 16
+    lr_bank: float = 8e-3
+    lr_logits: float = 1e-2
+    lr_rows: float = 2e-3
+    lr_head: float = 1e-2
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        raise_faults("local training", self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        for name, least in (("steps", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                yield f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least {least}"
+        for name in ("lr_bank", "lr_logits", "lr_rows", "lr_head"):
+            if not 0 <= getattr(self, name) <= 10:
+                yield f"{name.replace('_', '-')} is {getattr(self, name)}, expected 0 to 10"
+        if not 0 <= self.clip_norm < float("inf"):
+            yield f"clip-norm is {self.clip_norm}, expected 0 (off) or more"
+
+    def rates(self, scale: float) -> dict[str, float]:
+        """Learning rate by tensor name, times the round's scale."""
+        base = {"bank": self.lr_bank, "logits": self.lr_logits, "rows": self.lr_rows, "head": self.lr_head}
+        return {name: rate * scale for name, rate in base.items()}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's part of a round.
+
+    Attributes:
+        client: its name.
+        examples: its training texts.
+        seed: names the draw of batches, such as (seed, round, client).
+        steps: local steps, where they differ from the settings' (a straggler's).
+    """
+
+    client: str
+    examples: Examples
+    seed: tuple[int, ...]
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one client did: its update, mean loss over its steps (nats), steps, and texts seen."""
+
+    update: Update
+    loss: float
+    steps: int
+    examples: int
+
+
+def train_cohort(
+    model: AdaptedModel,
+    task: Task,
+    state: State,
+    jobs: Sequence[Job],
+    settings: LocalSettings,
+    *,
+    scale: float = 1.0,
+    pad: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[Trained]:
+    """Train C clients from one state, side by side; each gets what it would get alone, to float tolerance.
+
+    Args:
+        model: the base with the adapter in place; its binding is used and released.
+        task: gives the losses.
+        state: the reference that every client starts from.
+        jobs: one a client.
+        settings: the same for all.
+        scale: of the learning rates in this round.
+        pad: token id of padding.
+        on_step: called with (steps done, steps in all) after each step.
+    """
+    plans = [
+        plan_round(job.examples, job.steps or settings.steps, settings.batch_size, job.seed) for job in jobs
+    ]
+    optimiser = AdamW(settings.rates(scale), settings.clip_norm)
+    tensors = model.load(state, len(jobs))
+    steps = max(len(plan) for plan in plans)
+    lengths = torch.tensor([len(plan) for plan in plans], device=model.device)
+    uneven = any(len(plan) != steps for plan in plans)
+    total = torch.zeros(len(jobs), device=model.device)
+    nothing = np.empty(0, np.int64)
+    for step in range(steps):
+        if step % CHECK_EVERY == 0:
+            _make_room(model, tensors, optimiser)
+        parts = [
+            (job.examples, plan[step] if step < len(plan) else nothing)
+            for job, plan in zip(jobs, plans, strict=True)
+        ]
+        losses, gradients = _gradients(model, task, tensors, parts, pad)
+        optimiser.step(tensors, gradients, lengths > step if uneven else None)
+        total += losses
+        if on_step is not None:
+            on_step(step + 1, steps)
+    _make_room(model, tensors, optimiser)
+    mean_losses = (total / lengths).tolist()
+    updates = _updates(model, tensors, state, [sum(map(len, plan)) for plan in plans])
+    return [
+        Trained(update, loss, len(plan), update.examples)
+        for update, loss, plan in zip(updates, mean_losses, plans, strict=True)
+    ]
+
+
+@torch.no_grad()
+def evaluate(
+    model: AdaptedModel, task: Task, state: State, examples: Examples, *, batch_size: int = 64, pad: int = 0
+) -> dict[str, float]:
+    """Sums of the task's metrics over `examples` under one state; batches are made by length."""
+    sums: dict[str, float] = {}
+    model.bind(model.load(state))
+    try:
+        by_length = np.argsort(-examples.lengths, kind="stable")
+        for start in range(0, len(by_length), batch_size):
+            batch = collate([(examples, by_length[start : start + batch_size])], pad, model.device)
+            logits = model(input_ids=batch.tokens, attention_mask=batch.mask).logits
+            for name, value in task.sums(logits, batch).items():
+                sums[name] = sums.get(name, 0) + value
+    finally:
+        model.unbind()
+    return sums
+
+
+def _gradients(
+    model: AdaptedModel,
+    task: Task,
+    tensors: Mapping[str, Tensor],
+    parts: Sequence[tuple[Examples, np.ndarray]],
+    pad: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(C,) losses, detached, and the gradient of each tensor. A client's loss depends on its own tensors alone."""
+    batch = collate(parts, pad, model.device)
+    model.bind(tensors)
+    try:
+        logits = model(input_ids=batch.tokens, attention_mask=batch.mask).logits
+        losses = task.losses(logits, batch, len(parts))
+        found = torch.autograd.grad(losses.sum(), list(tensors.values()))
+    finally:
+        model.unbind()
+    return losses.detach(), dict(zip(tensors, found, strict=True))
+
+
+def _make_room(model: AdaptedModel, tensors: dict[str, Tensor], optimiser: AdamW) -> None:
+    for name, values in model.source.growth().items():
+        wider = torch.cat([tensors[name].detach(), values.expand(len(tensors[name]), -1)], dim=-1)
+        tensors[name] = wider.requires_grad_()
+        optimiser.widen(name, len(values))
+
+
+def _updates(
+    model: AdaptedModel, tensors: Mapping[str, Tensor], state: State, examples: Sequence[int]
+) -> list[Update]:
+    finals = {name: tensors[name].detach().float().cpu().numpy() for name in state.dense}
+    selections = model.source.selections(tensors)
+    return [
+        Update(
+            version=state.version,
+            reference=state.digest,
+            examples=seen,
+            dense={name: finals[name][client] - state.dense[name] for name in state.dense},
+            topk=selections[client],
+        )
+        for client, seen in enumerate(examples)
+    ]

@@ -1,0 +1,204 @@
+"""The ServerApp: a thin shell that lets the round loop speak through Flower's grid."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from fl_server.exchange import Kind, Reply, Request, client_order
+from fl_server.observer import LogObserver
+from fl_server.rounds import run_rounds
+from fl_server.settings import ServerSettings
+from vblora.errors import FedVBError, RunError
+
+__all__ = ["BLOB_STYPE", "GridExchange", "app"]
+
+BLOB_STYPE = "fedvb"  # our own bytes: Flower carries any serialisation type and reads none of them
+MESSAGE_TYPES: Mapping[Kind, str] = {
+    "hello": "query.hello",
+    "describe": "query.describe",
+    "train": "train",
+    "evaluate": "evaluate",
+}
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.02, 3.0  # between polls, seconds; Flower's own grid polls every 3
+MAX_REASON, MAX_NAME = 500, 64  # characters of what clients say
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+WRAPPING = re.compile(r"^<class '(?:\w+\.)*(\w+)'>:<'")  # of a SuperNode: <class 'ValueError'>:<'message'>
+RAY_MARK = "Exception ClientAppException occurred. Message: "  # of Ray: after a traceback of 30 lines
+
+# Below Flower's logger, whose handlers show it in `flwr run --stream`.
+log = logging.getLogger("flwr.fedvb")
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the rounds. A grid may bring its own `observer`."""
+    try:
+        settings = ServerSettings.from_run_config(context.run_config)
+        exchange = GridExchange.meet(grid, settings.clients, settings.wait_seconds)
+        run_rounds(exchange, settings, getattr(grid, "observer", None) or LogObserver(log))
+    except FedVBError as error:
+        log.error("%s", error)
+        raise
+
+
+class GridExchange:
+    """An `Exchange` over Flower's grid.
+
+    A message holds the blob as one Array (Flower charges some kB an array) and the config; a reply holds the
+    blob, the metrics and the text with the client's name.
+    """
+
+    def __init__(self, grid: Grid, nodes: Mapping[str, int], hellos: Mapping[str, Reply]) -> None:
+        """See `meet`. `nodes` maps names to node ids, `hellos` names to the replies that told them."""
+        self._grid = grid
+        self._nodes = dict(nodes)
+        self._hellos = dict(hellos)
+
+    @classmethod
+    def meet(cls, grid: Grid, count: int, wait_seconds: float) -> GridExchange:
+        """Wait for `count` nodes and learn the names of their clients: node ids are random, names are not.
+
+        A node that does not tell its name is called `node-ID`. Of more clients the first `count` take part.
+
+        Raises:
+            RunError: too few nodes in time, or two of one name.
+        """
+        ids = _wait_for_nodes(grid, count, wait_seconds)
+        nodes: dict[str, int] = {}
+        hellos: dict[str, Reply] = {}
+        messages = _messages([(node, Request("", "hello")) for node in ids], wait_seconds)
+        answers = dict(_deliver(grid, messages, wait_seconds))
+        for node in ids:
+            answer = answers.get(node)
+            reply = _read_reply("", answer) if answer is not None else None
+            name = _checked_name(reply) or f"node-{node}"
+            if name in nodes:
+                raise RunError(
+                    f"nodes {nodes[name]} and {node} both say that they are client {name}; "
+                    "give each its own partition-id in --node-config"
+                )
+            nodes[name] = node
+            if reply is not None:
+                hellos[name] = Reply(name, reply.blob, reply.metrics, reply.text, reply.error)
+        chosen = sorted(nodes, key=client_order)[:count]
+        return cls(grid, {name: nodes[name] for name in chosen}, hellos)
+
+    def clients(self) -> list[str]:
+        """Names of all clients, in `client_order`."""
+        return sorted(self._nodes, key=client_order)
+
+    def ask(self, requests: Sequence[Request], timeout: float) -> Iterator[Reply]:
+        """Send all requests and yield replies as they arrive; what comes after `timeout` seconds is lost."""
+        names = {node: name for name, node in self._nodes.items()}
+        asked = []
+        for request in requests:
+            if request.kind != "hello":
+                asked.append((self._nodes[request.client], request))
+            elif request.client in self._hellos:  # `meet` has asked already
+                yield self._hellos[request.client]
+        for node, answer in _deliver(self._grid, _messages(asked, timeout), timeout):
+            yield _read_reply(names[node], answer)
+
+
+def _wait_for_nodes(grid: Grid, count: int, wait_seconds: float) -> list[int]:
+    # Flower starts the ServerApp before its nodes have registered, and would sample from those it sees.
+    deadline = time.monotonic() + wait_seconds
+    while len(ids := sorted(grid.get_node_ids())) < count:
+        if time.monotonic() >= deadline:
+            raise RunError(
+                f"{len(ids)} of {count} clients came within {wait_seconds:g} seconds; start the others, "
+                "raise wait-seconds, or lower clients"
+            )
+        time.sleep(0.2)
+    return ids
+
+
+def _messages(asked: Sequence[tuple[int, Request]], timeout: float) -> list[Message]:
+    """One message for each node. Requests of one blob share its record: it is hashed and uploaded once."""
+    blobs: dict[int, ArrayRecord] = {}
+    messages = []
+    for node, request in asked:
+        content = RecordDict({"config": ConfigRecord(dict(request.config))})
+        if request.blob:
+            content["blob"] = blobs.setdefault(id(request.blob), _blob_record(request.blob))
+        group = str(request.config.get("round", ""))
+        messages.append(
+            Message(content, node, MESSAGE_TYPES[request.kind], ttl=max(1.0, timeout), group_id=group)
+        )
+    return messages
+
+
+def _deliver(grid: Grid, messages: list[Message], timeout: float) -> Iterator[tuple[int, Message | str]]:
+    """Push messages and yield (node, reply), or why there is none, as replies come in."""
+    pushed = set(grid.push_messages(messages))
+    nodes = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+    messages.clear()
+    for lost in nodes.keys() - pushed:
+        yield nodes.pop(lost), "the message could not be sent"
+    deadline, pause = time.monotonic() + timeout, SHORTEST_PAUSE
+    while nodes:
+        replies = list(grid.pull_messages(list(nodes)))
+        for reply in replies:
+            node = nodes.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                yield node, reply
+        if replies:
+            pause = SHORTEST_PAUSE
+        elif (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, LONGEST_PAUSE)
+        else:  # only here: a reply that has already come is never thrown away
+            return
+
+
+def _read_reply(name: str, answer: Message | str) -> Reply:
+    """Map a reply message, which a client may have written wrong. An empty `name` is taken from it."""
+    if isinstance(answer, str):
+        return Reply(name, error=answer)
+    if answer.has_error():
+        return Reply(name, error=_reason(answer.error))
+    try:
+        content = answer.content
+        config = content.get("text", ConfigRecord())
+        metrics = content.get("metrics", MetricRecord())
+        return Reply(
+            name or str(config.get("client", "")),
+            _blob_bytes(content["blob"]) if "blob" in content else b"",
+            {key: value for key, value in metrics.items() if isinstance(value, int | float)},
+            str(config.get("text", "")),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return Reply(name, error=f"its message is not as expected ({type(error).__name__}: {error})")
+
+
+def _reason(error: Error) -> str:
+    """The message of the exception that a client raised, on one line, without what Flower wraps it in."""
+    text = ANSI.sub("", error.reason or f"Flower error {error.code}")
+    text = text.rpartition(RAY_MARK)[2] if RAY_MARK in text else WRAPPING.sub(r"\1: ", text)
+    return " ".join(text.removesuffix("'>").split())[:MAX_REASON]
+
+
+def _checked_name(reply: Reply | None) -> str:
+    """The name that a client gave itself, where it can stand in a log line."""
+    return reply.client if reply and reply.client.isprintable() and len(reply.client) <= MAX_NAME else ""
+
+
+def _blob_record(blob: bytes) -> ArrayRecord:
+    return ArrayRecord({"blob": Array("uint8", (len(blob),), BLOB_STYPE, blob)})
+
+
+def _blob_bytes(record: object) -> bytes:
+    if not isinstance(record, ArrayRecord):
+        raise TypeError("the blob is not an ArrayRecord")
+    array = record["blob"]
+    if array.stype != BLOB_STYPE:
+        raise ValueError(f"the blob has stype {array.stype}, expected {BLOB_STYPE}")
+    return array.data

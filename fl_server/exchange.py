@@ -1,0 +1,68 @@
+"""The seam between the round loop and whatever carries its messages: Flower's grid, or a fake in a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+__all__ = ["Exchange", "Kind", "Reply", "Request", "Scalar", "client_order"]
+
+Kind = Literal["hello", "describe", "train", "evaluate"]
+Scalar = int | float | str | bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server asks of one client.
+
+    Attributes:
+        client: its name.
+        kind: "hello" and "describe" are answered in `Reply.text`, "train" by a blob, "evaluate" by metrics.
+        blob: the encoded reference state for "train" and "evaluate", else empty.
+        config: what the client must know beside the state.
+    """
+
+    client: str
+    kind: Kind
+    blob: bytes = b""
+    config: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one client answered.
+
+    Attributes:
+        client: its name.
+        blob: the encoded update, for "train".
+        metrics: numbers about the work done.
+        text: JSON, for "hello" and "describe".
+        error: why there is no answer; everything else is then empty.
+    """
+
+    client: str
+    blob: bytes = b""
+    metrics: Mapping[str, int | float] = field(default_factory=dict)
+    text: str = ""
+    error: str = ""
+
+
+class Exchange(Protocol):
+    """Carries requests out and replies back."""
+
+    def clients(self) -> list[str]:
+        """Names of all clients, in `client_order`."""
+        ...
+
+    def ask(self, requests: Sequence[Request], timeout: float) -> Iterator[Reply]:
+        """Send all requests and yield replies as they arrive, in any order, for about `timeout` seconds.
+
+        A client that never answered is missing; nobody is waited for once the caller drops the iterator.
+        """
+        ...
+
+
+def client_order(name: str) -> tuple[bool, int, str]:
+    """Sort key of client names: numbers by value, before all others."""
+    return (False, int(name), name) if name.isdecimal() else (True, 0, name)

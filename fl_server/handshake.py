@@ -1,0 +1,158 @@
+"""Before the first round: who takes part, and what do they train together?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fl_server.exchange import Exchange, Reply, Request, client_order
+from vblora.errors import FedVBError, RunError
+from vblora.spec import Blueprint
+
+__all__ = ["Fault", "Roster", "Task", "describe", "meet", "name_faults"]
+
+METRICS = ("accuracy", "loss")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A client that was refused, or whose reply was, and why."""
+
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The clients of a run.
+
+    Attributes:
+        clients: names, in `client_order`.
+        refused: clients that may not take part.
+        fingerprint: of the blueprint that all clients hold, hex.
+        versions: of the first client's libraries.
+    """
+
+    clients: tuple[str, ...]
+    refused: tuple[Fault, ...]
+    fingerprint: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the clients train together, as the first of them describes it.
+
+    Attributes:
+        blueprint: of the adapter.
+        metric: "accuracy" or "loss".
+        higher_is_better: about the metric.
+        data: about the data set, for the summary.
+        model: of the base model, for the summary.
+    """
+
+    blueprint: Blueprint
+    metric: str
+    higher_is_better: bool
+    data: Any
+    model: Any
+
+
+def meet(exchange: Exchange, timeout: float) -> Roster:
+    """Greet all clients. The first that can be read names the adapter; who holds another is refused.
+
+    Raises:
+        RunError: nobody is left.
+    """
+    names = exchange.clients()
+    hellos: dict[str, dict[str, Any]] = {}
+    faults = dict.fromkeys(names, f"no answer within {timeout:g} seconds")
+    for reply in exchange.ask([Request(name, "hello") for name in names], timeout):
+        try:
+            hellos[reply.client] = _read_hello(reply)
+            faults.pop(reply.client, None)
+        except RunError as error:
+            faults[reply.client] = str(error)
+    ordered = sorted(hellos, key=client_order)
+    first = hellos[ordered[0]] if ordered else {}
+    for name in ordered:
+        if hellos[name]["fingerprint"] != first["fingerprint"]:
+            faults[name] = (
+                f"its adapter is {hellos[name]['fingerprint'][:12]}, expected {first['fingerprint'][:12]} "
+                f"as client {ordered[0]} has; base model, targets, rank, h, b, k, seed and labels must agree"
+            )
+    refused = tuple(Fault(name, faults[name]) for name in sorted(faults, key=client_order))
+    clients = tuple(name for name in ordered if name not in faults)
+    if not clients:
+        raise RunError(f"hello: none of {len(names)} clients can take part: {name_faults(refused)}")
+    return Roster(clients, refused, first["fingerprint"], first["versions"])
+
+
+def describe(exchange: Exchange, roster: Roster, timeout: float) -> Task:
+    """Ask the first client what is trained.
+
+    Raises:
+        RunError: it does not answer, or answers what cannot be used.
+    """
+    client = roster.clients[0]
+    reply = next(exchange.ask([Request(client, "describe")], timeout), None)
+    try:
+        if reply is None:
+            raise RunError(f"no answer within {timeout:g} seconds")
+        body = _read_json(reply)
+        blueprint = Blueprint.from_json(_get(body, "blueprint", str))
+        metric = _get(body, "metric", dict)
+        task = Task(
+            blueprint,
+            _get(metric, "name", str),
+            _get(metric, "higher_is_better", bool),
+            body.get("data"),
+            body.get("model"),
+        )
+        if task.metric not in METRICS:
+            raise RunError(f"its metric is {task.metric!r}, expected one of {', '.join(METRICS)}")
+        if (found := blueprint.fingerprint.hex()) != roster.fingerprint:
+            raise RunError(
+                f"it describes adapter {found[:12]}, expected {roster.fingerprint[:12]} as in its hello"
+            )
+    except FedVBError as error:
+        raise RunError(f"describe: client {client}: {error}") from error
+    return task
+
+
+def name_faults(faults: tuple[Fault, ...] | list[Fault], most: int = 5) -> str:
+    """The first few of them on one line."""
+    named = [f"{fault.client}: {fault.reason}" for fault in faults[:most]]
+    return "; ".join([*named, f"and {len(faults) - most} more"] if len(faults) > most else named)
+
+
+def _read_hello(reply: Reply) -> dict[str, Any]:
+    body = _read_json(reply)
+    versions = _get(body, "versions", dict)
+    if (examples := _get(body, "examples", int)) < 1:
+        raise RunError(f"it has {examples} examples, expected at least 1; give it data or leave it out")
+    return {
+        "fingerprint": _get(body, "fingerprint", str),
+        "versions": {str(name): str(version) for name, version in versions.items()},
+    }
+
+
+def _read_json(reply: Reply) -> dict[str, Any]:
+    if reply.error:
+        raise RunError(reply.error)
+    try:
+        body = json.loads(reply.text)
+    except ValueError as error:
+        raise RunError(f"its answer is not JSON ({error})") from error
+    if not isinstance(body, dict):
+        raise RunError(f"its answer is a {type(body).__name__}, expected a JSON object")
+    return body
+
+
+def _get(body: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
+    value = body.get(key)
+    if type(value) is not kind:
+        raise RunError(f"its answer has {key} = {value!r:.40}, expected {kind.__name__}")
+    return value

@@ -1,0 +1,210 @@
+"""What a run leaves to read: one line a round in `history.jsonl`, and `summary.json` at its end."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any, TypedDict
+
+from fl_server.handshake import Roster, Task
+from fl_server.settings import ServerSettings
+from vblora.errors import RunError
+from vblora.files import write_atomic
+
+__all__ = ["History", "Record", "RejectedReply", "RoundBytes", "blank_record", "summarise"]
+
+
+class RejectedReply(TypedDict):
+    """A reply that did not count, and why."""
+
+    client: str
+    reason: str
+
+
+class RoundBytes(TypedDict):
+    """Bytes of encoded blobs, measured as they were sent and received."""
+
+    up: int  # all training replies that arrived, rejected ones too
+    down: int  # the state, to every client that was asked to train
+    up_per_client: int  # of a usable reply, on average
+    down_per_client: int
+    up_sections: dict[str, int]  # usable replies by section, see vblora.wire.section_bytes
+    evaluate: int  # both directions
+
+
+class Record(TypedDict):
+    """One round. Everything but `seconds` is the same for the same seed."""
+
+    round: int  # 0 is the evaluation before training
+    train_loss: float | None  # mean over clients, weighted by examples
+    score: float | None  # None where the round was not evaluated
+    eval_loss: float | None
+    eval_examples: int
+    clients: int  # asked to train
+    replies: int  # usable ones
+    rejected: list[RejectedReply]  # in training and evaluation
+    missing: list[str]  # asked to train, never answered
+    ignored: int  # replies of a client that had answered before, or was not asked
+    lr_scale: float
+    bytes: RoundBytes
+    examples: int
+    digest: str  # of the state after the round, hex
+    seconds: float
+
+
+def blank_record(number: int) -> Record:
+    """The record of a round in which nothing has happened yet."""
+    return {
+        "round": number,
+        "train_loss": None,
+        "score": None,
+        "eval_loss": None,
+        "eval_examples": 0,
+        "clients": 0,
+        "replies": 0,
+        "rejected": [],
+        "missing": [],
+        "ignored": 0,
+        "lr_scale": 0.0,
+        "bytes": {
+            "up": 0,
+            "down": 0,
+            "up_per_client": 0,
+            "down_per_client": 0,
+            "up_sections": {},
+            "evaluate": 0,
+        },
+        "examples": 0,
+        "digest": "",
+        "seconds": 0.0,
+    }
+
+
+class History:
+    """The records of a run, in memory and in `history.jsonl`. The run exists where this file does."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / "history.jsonl"
+        self.records: list[Record] = []
+
+    def check(self, resume: bool) -> None:
+        """See that there is a run exactly where one is to be resumed.
+
+        Raises:
+            RunError: the directory is taken, or holds no run.
+        """
+        out = self.path.parent
+        if resume and not self.path.is_file():
+            raise RunError(f"{out}: no run to resume, expected {self.path.name}; start without --resume")
+        if not resume and (self.path.exists() or any(out.glob("checkpoints/round-*"))):
+            raise RunError(f"{out}: taken by a run; go on with --resume or choose another --out")
+
+    def create(self) -> None:
+        """Begin the file."""
+        write_atomic(self.path, "")
+
+    def keep(self, rounds: int) -> None:
+        """Read the records of the first `rounds` rounds and drop all later lines.
+
+        A line is written before its checkpoint, so a later line, whole or not, is of a round cut off.
+
+        Raises:
+            RunError: a line is missing or damaged.
+        """
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        if not rounds and len(lines) > 1:  # round 0 alone may have been cut off before its checkpoint
+            raise RunError(
+                f"{self.path}: has {len(lines)} rounds, but there is no checkpoint; restore the folder "
+                "checkpoints or start anew with another --out"
+            )
+        self.records = []
+        for number, line in enumerate(lines[:rounds]):
+            try:
+                record: Record = json.loads(line)
+                intact = record["round"] == number and line.endswith(b"\n")
+            except (ValueError, KeyError, TypeError):
+                intact = False
+            if not intact:
+                raise RunError(
+                    f"{self.path}: line {number + 1} is damaged, expected the record of round {number}"
+                )
+            self.records.append(record)
+        if len(self.records) < rounds:
+            raise RunError(
+                f"{self.path}: ends before round {len(self.records)}, but there is a checkpoint of round "
+                f"{rounds - 1}; restore the file or start anew with another --out"
+            )
+        if len(lines) > rounds:
+            write_atomic(self.path, b"".join(lines[:rounds]))
+
+    def append(self, record: Record) -> None:
+        """Write a line and see it on the disk."""
+        line = json.dumps(record, allow_nan=False)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(record)
+
+
+def summarise(settings: ServerSettings, roster: Roster, task: Task, records: list[Record]) -> dict[str, Any]:
+    """The content of `summary.json`, from the whole history."""
+    trained = records[1:]
+    asked = sum(record["clients"] for record in trained)
+    replies = sum(record["replies"] for record in trained)
+    sections = [record["bytes"]["up_sections"] for record in trained]
+    down = sum(record["bytes"]["down"] for record in trained)
+    return {
+        "adapter": task.blueprint.spec.kind,
+        "model": task.model,
+        "data": task.data,
+        "clients": len(roster.clients),
+        "rounds": len(trained),
+        "seed": settings.seed,
+        "score": _score(task, records),
+        "bytes": {
+            "up_per_client_round": _per(sum(sum(sizes.values()) for sizes in sections), replies),
+            "down_per_client_round": _per(down, asked),
+            "up_total": sum(record["bytes"]["up"] for record in trained),
+            "down_total": down,
+            "head": _per(sum(sizes.get("head", 0) for sizes in sections), replies),
+            "evaluate_total": sum(record["bytes"]["evaluate"] for record in records),
+        },
+        "parameters": {
+            "trained": task.blueprint.trained_parameters,
+            "sent": task.blueprint.stored_parameters,
+        },
+        "rejected": sum(len(record["rejected"]) for record in records),
+        "seconds": sum(record["seconds"] for record in records),
+        "versions": {"server": _server_versions(), "client": dict(roster.versions)},
+    }
+
+
+def _score(task: Task, records: list[Record]) -> dict[str, Any]:
+    scores = [record["score"] for record in records if record["score"] is not None]
+    last = scores[-3:]
+    best = max if task.higher_is_better else min
+    return {
+        "metric": task.metric,
+        "start": records[0]["score"] if records else None,
+        "final": scores[-1] if scores else None,
+        "best": best(scores, default=None),
+        "last3": sum(last) / len(last) if last else None,
+    }
+
+
+def _per(total: int, count: int) -> int:
+    return round(total / count) if count else 0
+
+
+def _server_versions() -> dict[str, str]:
+    versions = {"python": python_version()}
+    for package in ("fed-vblora", "flwr", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout, or behind another carrier than Flower
+            continue
+    return versions

@@ -1,0 +1,91 @@
+"""Who watches a run: progress bars, logs, metrics. An observer changes nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from fl_server.exchange import Kind
+from fl_server.handshake import Roster, Task
+from fl_server.history import Record
+from fl_server.settings import ServerSettings
+
+__all__ = ["LogObserver", "Observer"]
+
+
+class Observer(Protocol):
+    """What the round loop tells, in this order; `round_*` and `reply_received` come again and again."""
+
+    def run_started(
+        self, settings: ServerSettings, roster: Roster, task: Task, done: Sequence[Record]
+    ) -> None:
+        """The clients are known. `done` holds the records of earlier rounds where a run is resumed."""
+
+    def round_started(self, number: int, clients: Sequence[str]) -> None:
+        """`clients` are asked to train. Round 0 trains nobody: it is the first evaluation."""
+
+    def reply_received(self, number: int, kind: Kind, client: str, fault: str) -> None:
+        """A reply came; where it was rejected, `fault` says why."""
+
+    def round_finished(self, record: Record) -> None:
+        """The round is on disk."""
+
+    def stopped(self, saved: int | None) -> None:
+        """The run ended before its last round, by an error or Ctrl-C; round `saved` is the last on disk."""
+
+
+class LogObserver:
+    """One log line for every round and every rejected reply."""
+
+    def __init__(self, log: logging.Logger | None = None) -> None:
+        self._log = log or logging.getLogger(__name__)
+        self._rounds = 0
+
+    def run_started(
+        self, settings: ServerSettings, roster: Roster, task: Task, done: Sequence[Record]
+    ) -> None:
+        self._rounds = settings.rounds
+        for fault in roster.refused:
+            self._log.warning("client %s refused: %s", fault.client, fault.reason)
+        self._log.info(
+            "%s run %s: %d clients, rounds %d to %d, adapter %s with %d rows",
+            "resumed" if done else "started",
+            settings.out,
+            len(roster.clients),
+            len(done),
+            settings.rounds,
+            task.blueprint.spec.kind,
+            task.blueprint.rows,
+        )
+
+    def round_started(self, number: int, clients: Sequence[str]) -> None:
+        self._log.debug("round %d: asking %d clients", number, len(clients))
+
+    def reply_received(self, number: int, kind: Kind, client: str, fault: str) -> None:
+        if fault:
+            self._log.warning("round %d: client %s: %s reply rejected: %s", number, client, kind, fault)
+
+    def round_finished(self, record: Record) -> None:
+        self._log.info(
+            "round %d/%d: train loss %s, score %s, up %d B and down %d B a client, %d of %d clients, %.1f s",
+            record["round"],
+            self._rounds,
+            _shown(record["train_loss"]),
+            _shown(record["score"]),
+            record["bytes"]["up_per_client"],
+            record["bytes"]["down_per_client"],
+            record["replies"],
+            record["clients"],
+            record["seconds"],
+        )
+
+    def stopped(self, saved: int | None) -> None:
+        if saved is None:
+            self._log.warning("stopped before anything was saved")
+        else:
+            self._log.warning("stopped; round %d is saved, go on with resume", saved)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

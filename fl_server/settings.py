@@ -1,0 +1,109 @@
+"""Settings of the server, read from Flower's run config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fl_server.exchange import Scalar
+from vblora.errors import raise_faults
+from vblora.spec import MAX_SEED
+
+__all__ = ["SCHEDULES", "ServerSettings"]
+
+SCHEDULES = ("cosine", "constant")
+LIMITS: Mapping[str, tuple[float, float]] = {
+    "rounds": (1, 1_000_000),
+    "clients": (1, 1_000_000),
+    "clients_per_round": (1, 1_000_000),
+    "seed": (0, MAX_SEED - 1),
+    "final_scale": (0, 1),
+    "warmup_rounds": (0, 1_000_000),
+    "eval_every": (1, 1_000_000),
+    "wait_seconds": (0, 7 * 86400),
+    "timeout_seconds": (0, 7 * 86400),
+}
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """One run as the server sees it. In the run config the names have dashes: `clients-per-round`.
+
+    Attributes:
+        rounds: to train; may be raised when a run is resumed.
+        clients: to wait for at the start.
+        clients_per_round: drawn for each round, seeded.
+        seed: of that draw.
+        schedule: of the learning-rate scale over rounds: "cosine" or "constant".
+        final_scale: the scale of the last round, where it is "cosine".
+        warmup_rounds: over which the scale rises to 1.
+        eval_every: rounds from one evaluation to the next; the start and the last round are always evaluated.
+        out: run directory.
+        resume: go on with the run that is there.
+        wait_seconds: for the clients to come, and to answer the first message.
+        timeout_seconds: for the replies of a round; later ones do not count.
+    """
+
+    rounds: int = 12
+    clients: int = 10
+    clients_per_round: int = 5
+    seed: int = 0
+    schedule: str = "cosine"
+    final_scale: float = 0.1
+    warmup_rounds: int = 0
+    eval_every: int = 1
+    out: str = "runs/fedvb"
+    resume: bool = False
+    wait_seconds: float = 600.0
+    timeout_seconds: float = 3600.0
+
+    def __post_init__(self) -> None:
+        raise_faults("server settings", self._faults())
+
+    @classmethod
+    def from_run_config(cls, config: Mapping[str, Scalar]) -> ServerSettings:
+        """Pick the server's keys; keys of others, the clients', are left alone.
+
+        Raises:
+            ConfigError: lists every value that has a wrong type, is out of range, or does not fit another.
+        """
+        keys = {item.name: item.name.replace("_", "-") for item in fields(cls)}
+        values: dict[str, Any] = {name: config[key] for name, key in keys.items() if key in config}
+        return cls(**values)
+
+    def lr_scale(self, number: int) -> float:
+        """What learning rates are multiplied with in a round, counted from 1: above 0, at most 1."""
+        if number <= self.warmup_rounds:
+            return number / (self.warmup_rounds + 1)
+        if self.schedule == "constant":
+            return 1.0
+        first = self.warmup_rounds + 1
+        progress = (number - first) / max(1, self.rounds - first)
+        return self.final_scale + (1 - self.final_scale) * (1 + math.cos(math.pi * progress)) / 2
+
+    def _faults(self) -> Iterator[str]:
+        wrong = set()
+        for item in fields(self):
+            name, value = item.name, getattr(self, item.name)
+            kind: type[Any] = type(item.default)
+            # bool is an int to Python, but not to whoever wrote `rounds = true`; 600 will do for 600.0.
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                wrong.add(name)
+                yield f"{name.replace('_', '-')} is {value!r}, expected {_KINDS[kind]}"
+            elif name in LIMITS and not LIMITS[name][0] <= value <= LIMITS[name][1]:
+                wrong.add(name)
+                yield f"{name.replace('_', '-')} is {value}, expected {LIMITS[name][0]} to {LIMITS[name][1]}"
+        if not wrong & {"clients", "clients_per_round"} and self.clients_per_round > self.clients:
+            yield (
+                f"clients-per-round is {self.clients_per_round} but there are {self.clients} clients; "
+                "lower clients-per-round or raise clients"
+            )
+        if "schedule" not in wrong and self.schedule not in SCHEDULES:
+            yield f"schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}"
+        if "out" not in wrong and not self.out:
+            yield "out is empty, expected the run directory"
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

@@ -1,0 +1,270 @@
+"""The command line, `fedvb`. Each command reads its options, calls one function, and prints what came of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from click.core import ParameterSource
+from rich.console import Console
+
+from vblora.errors import ConfigError, FedVBError
+
+__all__ = ["app", "main"]
+
+# Flower asks its servers for news and reports use unless told not to; a simulation talks to nobody.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+RUNS = Path("runs")
+
+app = typer.Typer(
+    name="fedvb",
+    help="Federated VB-LoRA: fine-tune one language model on the private text of many clients.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=False)
+
+
+class Format(StrEnum):
+    """File formats of an exported adapter."""
+
+    peft = "peft"
+
+
+class Form(StrEnum):
+    """How PEFT keeps VB-LoRA's logits."""
+
+    full = "full"
+    topk = "topk"
+
+
+@app.callback()
+def fedvb() -> None:
+    """Federated VB-LoRA: fine-tune one language model on the private text of many clients."""
+
+
+@app.command()
+def simulate(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Base model: minilm (the demo's), a hub id, or a local folder.", rich_help_panel="Data"
+        ),
+    ] = "minilm",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="docstrings (real text of this machine's Python libraries), a csv/tsv/json/jsonl/parquet file, "
+            "a folder with train/dev/test files, or a hub data set id.",
+            rich_help_panel="Data",
+        ),
+    ] = "docstrings",
+    task: Annotated[
+        str,
+        typer.Option(
+            help="classification, causal-lm, or auto: what the columns suggest.", rich_help_panel="Data"
+        ),
+    ] = "auto",
+    text_column: Annotated[
+        str, typer.Option(help="Column of the text, if not a usual name.", rich_help_panel="Data")
+    ] = "",
+    label_column: Annotated[
+        str, typer.Option(help="Column of the label, if not a usual name.", rich_help_panel="Data")
+    ] = "",
+    eval_split: Annotated[
+        str, typer.Option(help="Held-out files to score on: dev, test, dev+test.", rich_help_panel="Data")
+    ] = "",
+    max_examples: Annotated[
+        int, typer.Option(help="Training texts at most; 0 is all, or 4,000 docstrings.", rich_help_panel="Data")
+    ] = 0,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text at most.", rich_help_panel="Data")] = 128,
+    partition: Annotated[
+        str,
+        typer.Option(
+            help="How texts are dealt: iid, dirichlet:ALPHA (less is more skewed), by:COLUMN.",
+            rich_help_panel="Data",
+        ),
+    ] = "dirichlet:0.5",
+    clients: Annotated[int, typer.Option(help="Virtual clients.", rich_help_panel="Federation")] = 10,
+    clients_per_round: Annotated[
+        int, typer.Option(help="Drawn each round.", rich_help_panel="Federation")
+    ] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds of training.", rich_help_panel="Federation")] = 12,
+    eval_every: Annotated[
+        int, typer.Option(help="Rounds between evaluations.", rich_help_panel="Federation")
+    ] = 1,
+    adapter: Annotated[str, typer.Option(help="vblora or lora.", rich_help_panel="Adapter")] = "vblora",
+    rank: Annotated[
+        int, typer.Option(help="r; 0 chooses 4 (vblora) or 8 (lora).", rich_help_panel="Adapter")
+    ] = 0,
+    num_vectors: Annotated[
+        int, typer.Option(help="h, vectors in the bank; 0 chooses.", rich_help_panel="Adapter")
+    ] = 0,
+    vector_length: Annotated[
+        int,
+        typer.Option(help="b, length of a vector; 0 chooses one that divides.", rich_help_panel="Adapter"),
+    ] = 0,
+    topk: Annotated[int, typer.Option(help="k, vectors mixed into a row.", rich_help_panel="Adapter")] = 2,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, or layer names such as query,value.", rich_help_panel="Adapter")
+    ] = "all-linear",
+    alpha: Annotated[
+        float, typer.Option(help="LoRA's alpha; 0 is twice the rank.", rich_help_panel="Adapter")
+    ] = 0.0,
+    local_steps: Annotated[
+        int, typer.Option(help="Steps of a client in a round.", rich_help_panel="Training")
+    ] = 10,
+    batch_size: Annotated[int, typer.Option(help="Texts a step.", rich_help_panel="Training")] = 16,
+    lr_bank: Annotated[
+        float, typer.Option(help="Learning rate of the bank.", rich_help_panel="Training")
+    ] = 8e-3,
+    lr_logits: Annotated[
+        float, typer.Option(help="Learning rate of the logits.", rich_help_panel="Training")
+    ] = 1e-2,
+    lr_rows: Annotated[float, typer.Option(help="Learning rate of LoRA.", rich_help_panel="Training")] = 2e-3,
+    lr_head: Annotated[
+        float, typer.Option(help="Learning rate of the head.", rich_help_panel="Training")
+    ] = 1e-2,
+    clip_norm: Annotated[
+        float, typer.Option(help="Largest gradient norm; 0 is off.", rich_help_panel="Training")
+    ] = 1.0,
+    schedule: Annotated[
+        str, typer.Option(help="Rates over rounds: cosine or constant.", rich_help_panel="Training")
+    ] = "cosine",
+    warmup_rounds: Annotated[int, typer.Option(help="Rounds of warm-up.", rich_help_panel="Training")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything drawn at random.", rich_help_panel="Run")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Run")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the base: auto, float32, bfloat16, float16.", rich_help_panel="Run")
+    ] = "auto",
+    cohort: Annotated[
+        int, typer.Option(help="Clients trained in one forward; 0 chooses.", rich_help_panel="Run")
+    ] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; default runs/NAME.", rich_help_panel="Run")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in --out, stopped anyhow.", rich_help_panel="Run"),
+    ] = False,
+) -> None:
+    """Simulate federated fine-tuning with N virtual clients on this machine.
+
+    Every round some clients train the adapter on their own texts and send their top-k logits and their change of the
+    bank; the server averages. Without options: MiniLM learns which Python library a docstring comes from.
+
+    Examples:
+
+      fedvb simulate
+      fedvb simulate --data reviews.csv --clients 20 --rounds 30 --partition dirichlet:1.0
+      fedvb simulate --adapter lora --rank 8 --out runs/lora
+      fedvb simulate --resume --out runs/lora
+    """
+    from simulations.config import default_config
+    from simulations.simulate import free_run_directory, resumed_config
+
+    given = {name.replace("_", "-"): value for name, value in context.params.items()}
+    if resume:
+        if out is None:
+            raise ConfigError("--resume: which run? name it with --out runs/NAME")
+        config = resumed_config(out, _on_command_line(context))
+    else:
+        config = default_config() | given | {"resume": False}
+        config["out"] = str(out or free_run_directory(RUNS, config))
+    _run(config)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    format: Annotated[Format, typer.Option(help="peft: loads with PeftModel.from_pretrained.")] = Format.peft,
+    form: Annotated[
+        Form, typer.Option(help="VB-LoRA in PEFT: full logits (can train on), or topk (small, predicts).")
+    ] = Form.full,
+) -> None:
+    """Write a run's adapter in a format that other tools load."""
+    from simulations.export import export_run
+
+    saved = export_run(run, out, form=form.value)
+    console.print(f"{saved.what} of round {saved.version} -> {out}", markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point. Bad input is one line on standard error and exit code 2; Ctrl-C is 130."""
+    try:
+        code = typer.main.get_command(app)(standalone_mode=False)
+    except click.UsageError as error:
+        _fail(error.format_message())
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except FedVBError as error:
+        _fail(str(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _run(config: dict[str, Any]) -> None:
+    from simulations.progress import Display
+    from simulations.report import summary_table
+    from simulations.simulate import prepare, simulate
+
+    out = Path(str(config["out"]))
+    with console.status("loading data and model"):
+        site = prepare(config)
+    _describe(site, config)
+    with Display(console) as display:
+        summary = simulate(config, display, display.on_step)
+    console.print(summary_table(summary, out))
+    console.print(f"plot: {out / 'score.png'}", markup=False, soft_wrap=True)
+
+
+def _describe(site: Any, config: dict[str, Any]) -> None:
+    """What is about to be trained, and the sizes that were chosen."""
+    blueprint, spec = site.blueprint, site.blueprint.spec
+    console.print(
+        f"{config['model']} on {site.model.device}: {len(site.train):,} training texts at {len(site.parts)} clients "
+        f"({min(map(len, site.parts))} to {max(map(len, site.parts))} each), {len(site.test):,} held out, "
+        f"{len(site.blueprint.labels)} labels",
+        highlight=False,
+        soft_wrap=True,
+    )
+    sizes = f"rank {spec.rank}"
+    if spec.kind == "vblora":
+        sizes += f", h {spec.num_vectors}, b {spec.vector_length}, k {spec.topk}"
+    console.print(
+        f"{spec.kind}: {sizes}; {len(blueprint.linears)} layers, {blueprint.rows:,} rows, "
+        f"{blueprint.trained_parameters:,} numbers trained, {blueprint.stored_parameters:,} sent (head {blueprint.head_size:,})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _on_command_line(context: typer.Context) -> dict[str, Any]:
+    """The options that were typed, by config key."""
+    return {
+        name.replace("_", "-"): value
+        for name, value in context.params.items()
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+
+
+def _fail(message: str) -> None:
+    line = " ".join(message.split())
+    print(f"fedvb: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Run virtual clients in this process: Flower's two apps, our grid, and the files of a run directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+
+from fl_client.app import handle
+from fl_client.opening import open_site
+from fl_client.site import OnStep, Site
+from fl_server.app import app as server_app
+from fl_server.history import History
+from fl_server.observer import Observer
+from simulations.config import Config, check_config, load_config, save_config
+from simulations.grid import InProcessGrid, run_server_app
+from simulations.report import plot_score
+from vblora.errors import ConfigError
+
+__all__ = ["free_run_directory", "prepare", "resumed_config", "simulate"]
+
+CHANGEABLE = {"rounds", "device", "out", "resume", "wait-seconds", "timeout-seconds"}  # when a run is resumed
+
+
+def prepare(config: Config) -> Site:
+    """Check the config, see that the run directory is free (or holds the run to resume), and load data and model.
+
+    Raises:
+        FedVBError: anything that would keep the run from starting; nothing is written before.
+    """
+    settings, server = check_config(config)
+    History(Path(server.out)).check(server.resume)
+    return open_site(settings)
+
+
+def simulate(
+    config: Config, observer: Observer | None = None, on_step: OnStep | None = None
+) -> dict[str, Any]:
+    """Train, and leave a finished run directory: config, history, checkpoints, adapter, plot, summary.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        FedVBError: the run cannot start or go on; what is on disk can be resumed.
+        KeyboardInterrupt: after the last finished round is on disk.
+    """
+    prepare(config)
+    out = Path(str(config["out"]))
+    save_config(out, config)
+    grid = InProcessGrid(partial(_handle, on_step=on_step), int(config["clients"]), config, observer)
+    run_server_app(server_app, grid, config)
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    plot_score([out], out / "score.png")
+    return summary
+
+
+def resumed_config(out: Path, given: Mapping[str, Any]) -> Config:
+    """The config to go on with: the run's own, and what may change.
+
+    Args:
+        out: the run directory.
+        given: keys that were asked for now.
+
+    Raises:
+        ConfigError: a key differs that would make it another run.
+    """
+    kept = load_config(out)
+    differing = [
+        f"{name} is {given[name]!r}, the run has {kept[name]!r}"
+        for name in sorted(set(given) - CHANGEABLE)
+        if name in kept and kept[name] != given[name]
+    ]
+    if differing:
+        raise ConfigError(f"--resume: {'; '.join(differing)}; leave them out, or start another run")
+    return {
+        **kept,
+        **{name: given[name] for name in CHANGEABLE & set(given)},
+        "out": str(out),
+        "resume": True,
+    }
+
+
+def free_run_directory(root: Path, config: Config) -> Path:
+    """A directory below `root` named after what is run, with a number where that name is taken."""
+    stem = "-".join(
+        [
+            Path(str(config["model"])).name,
+            Path(str(config["data"])).name,
+            str(config["adapter"]),
+            f"seed{config['seed']}",
+        ]
+    )
+    names = (root / (stem if number == 1 else f"{stem}-{number}") for number in range(1, 1_000_000))
+    return next(path for path in names if not path.exists())
+
+
+def _handle(messages: list[Message], contexts: list[Context], *, on_step: OnStep | None) -> Iterator[Message]:
+    return handle(messages, contexts, on_step)

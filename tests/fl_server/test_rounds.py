@@ -1,0 +1,498 @@
+"""The loop: one seed one history, rejection by name, resume after a stop at any point."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fl_server.exchange import Reply, Request
+from fl_server.rounds import run_rounds, sample_clients
+from tests.fl_server.fakes import (
+    SPEC,
+    FakeClient,
+    FakeExchange,
+    make_blueprint,
+    make_exchange,
+    make_settings,
+    read_history,
+)
+from vblora.errors import RunError
+from vblora.files import load_state
+from vblora.wire import decode_update, encode_update, section_bytes
+
+
+def run(out: Path, exchange: FakeExchange | None = None, **options: Any) -> dict[str, Any]:
+    return run_rounds(exchange or make_exchange(), make_settings(out, **options))
+
+
+def content(out: Path) -> dict[str, Any]:
+    """Everything that two equal runs share."""
+    summary = json.loads((out / "summary.json").read_text())
+    summary.pop("seconds")
+    state, _ = load_state(out / "adapter" / "adapter.safetensors")
+    return {"history": read_history(out), "summary": summary, "digest": state.digest.hex()}
+
+
+# --- A run ----------------------------------------------------------------------------------------
+
+
+def test_history_and_summary(tmp_path: Path):
+    exchange = make_exchange()
+    summary = run(tmp_path, exchange, rounds=5)
+    history = read_history(tmp_path)
+    assert [record["round"] for record in history] == [0, 1, 2, 3, 4, 5]
+    assert [record["score"] is not None for record in history] == [True, False, True, False, True, True]
+    assert all((record["clients"], record["replies"]) == (3, 3) for record in history[1:])
+    assert history[0]["train_loss"] is None
+    assert history[0]["clients"] == 0
+    assert history[1]["lr_scale"] == 1.0
+    assert len({record["digest"] for record in history}) == 6
+
+    scores = [record["score"] for record in history if record["score"] is not None]
+    assert summary["score"] == {
+        "metric": "accuracy",
+        "start": scores[0],
+        "final": scores[-1],
+        "best": max(scores),
+        "last3": pytest.approx(np.mean(scores[-3:])),
+    }
+    blueprint = make_blueprint()
+    assert summary["parameters"]["sent"] == blueprint.stored_parameters
+    assert summary["bytes"]["head"] == 4 * blueprint.head_size
+    assert summary["bytes"]["up_total"] == 15 * summary["bytes"]["up_per_client_round"]
+    assert summary["bytes"]["down_total"] == sum(record["bytes"]["down"] for record in history)
+    assert summary["bytes"]["evaluate_total"] > 0
+    keys = "adapter bytes clients data model parameters rejected rounds score seconds seed versions"
+    assert sorted(summary) == keys.split()
+    assert (summary["adapter"], summary["rounds"], summary["clients"]) == ("vblora", 5, 5)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_bytes_are_those_of_the_blobs(tmp_path: Path):
+    sizes: list[int] = []
+    sections: list[int] = []
+    down: list[int] = []
+
+    def watch(request: Request, reply: Reply) -> list[Reply]:
+        if request.kind == "train":
+            sizes.append(len(reply.blob))
+            sections.append(section_bytes(reply.blob)["bank"])
+            down.append(len(request.blob))
+        return [reply]
+
+    run(tmp_path, make_exchange(tamper=watch), rounds=1)
+    traffic = read_history(tmp_path)[1]["bytes"]
+    assert traffic["up"] == sum(sizes)
+    assert sum(traffic["up_sections"].values()) == sum(sizes)
+    assert traffic["up_sections"]["bank"] == sum(sections)
+    assert traffic["down"] == sum(down)
+
+
+def test_one_seed_one_history_in_any_order_of_arrival(tmp_path: Path):
+    for name, order, seed in (("a", 0, 1), ("b", 7, 1), ("c", 0, 2)):
+        run(tmp_path / name, make_exchange(order=order), seed=seed)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert content(tmp_path / "a")["digest"] != content(tmp_path / "c")["digest"]
+
+
+def test_files_of_a_finished_run(tmp_path: Path):
+    run(tmp_path)
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert files == [
+        "adapter/adapter.safetensors",
+        "checkpoints/round-00003.safetensors",
+        "checkpoints/round-00004.safetensors",
+        "history.jsonl",
+        "summary.json",
+    ]
+
+
+def test_sampling_depends_on_seed_and_round_alone():
+    names = [str(number) for number in range(20)]
+    drawn = [tuple(sample_clients(names, 5, 1, number)) for number in range(200)]
+    assert drawn[7] == tuple(sample_clients(names, 5, 1, 7))
+    assert len(set(drawn)) > 190
+    assert {name for sample in drawn for name in sample} == set(names)
+    assert sample_clients(names, 20, 3, 4) == names
+    assert sample_clients(names, 5, 2, 7) != list(drawn[7])
+
+
+def test_more_than_ten_clients_evaluate_with_ten(tmp_path: Path):
+    exchange = make_exchange(12)
+    run(tmp_path, exchange, clients=12, rounds=1)
+    evaluated = [name for kind, name in exchange.asked if kind == "evaluate"]
+    assert sorted(evaluated, key=int) == [str(number) for number in range(10) for _ in range(2)]
+
+
+def test_metric_loss(tmp_path: Path):
+    class Loss(FakeClient):
+        def description(self) -> dict[str, Any]:
+            return {**super().description(), "metric": {"name": "loss", "higher_is_better": False}}
+
+    summary = run(tmp_path, FakeExchange([Loss(str(number)) for number in range(5)]))
+    scores = [record["score"] for record in read_history(tmp_path) if record["score"] is not None]
+    assert scores[0] == read_history(tmp_path)[0]["eval_loss"]
+    assert summary["score"]["best"] == min(scores)
+
+
+# --- Rejection ------------------------------------------------------------------------------------
+
+
+def poison(blob: bytes, what: str) -> bytes:
+    blueprint = make_blueprint()
+    update = decode_update(blob, blueprint)
+    if what == "nan":
+        bank = update.dense["bank"].copy()
+        bank[0, 0] = np.nan
+        update = replace(update, dense={**update.dense, "bank": bank})
+    elif what == "stale":
+        update = replace(update, version=update.version + 1)
+    elif what == "huge":
+        update = replace(update, dense={**update.dense, "head": update.dense["head"] * np.float32(1e12)})
+    return encode_update(update, blueprint)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda reply: replace(reply, blob=b"garbage"), "it is truncated"),
+        (lambda reply: replace(reply, blob=reply.blob[:-9]), "checksum does not match"),
+        (lambda reply: replace(reply, blob=b""), "0 bytes"),
+        (
+            lambda reply: replace(reply, blob=poison(reply.blob, "nan")),
+            "bank holds 1 numbers that are not finite",
+        ),
+        (lambda reply: replace(reply, blob=poison(reply.blob, "stale")), "trained from version 1"),
+        (lambda reply: replace(reply, blob=poison(reply.blob, "huge")), "section head changes by up to"),
+        (lambda reply: Reply(reply.client, error="out of memory"), "training: out of memory"),
+    ],
+)
+def test_a_bad_reply_is_rejected_by_name_and_the_round_goes_on(tmp_path: Path, change, reason: str):
+    def tamper(request: Request, reply: Reply) -> list[Reply]:
+        bad = request.kind == "train" and request.client == "2" and request.config["round"] == 1
+        return [change(reply) if bad else reply]
+
+    def drop(request: Request, reply: Reply) -> list[Reply]:
+        return [] if tamper(request, reply) != [reply] else [reply]
+
+    options = {"clients_per_round": 5, "rounds": 2}
+    summary = run(tmp_path / "bad", make_exchange(tamper=tamper), **options)
+    first = read_history(tmp_path / "bad")[1]
+    assert [fault["client"] for fault in first["rejected"]] == ["2"]
+    assert reason in first["rejected"][0]["reason"]
+    assert (first["clients"], first["replies"]) == (5, 4)
+    assert summary["rejected"] == 1
+
+    # What the others sent is not touched by it: the same state as if the client had not answered.
+    run(tmp_path / "none", make_exchange(tamper=drop), **options)
+    missing = read_history(tmp_path / "none")[1]
+    assert missing["missing"] == ["2"]
+    assert missing["digest"] == first["digest"]
+
+
+def test_a_second_reply_is_ignored_and_counted(tmp_path: Path):
+    def twice(request: Request, reply: Reply) -> list[Reply]:
+        stranger = replace(reply, client="99")
+        return [reply, reply, stranger] if request.kind == "train" else [reply]
+
+    run(tmp_path / "twice", make_exchange(tamper=twice))
+    run(tmp_path / "once")
+    assert read_history(tmp_path / "twice")[1]["ignored"] == 6
+    assert content(tmp_path / "twice")["digest"] == content(tmp_path / "once")["digest"]
+
+
+def test_no_usable_reply_ends_the_run_with_reasons_and_it_can_go_on(tmp_path: Path):
+    def fail(request: Request, reply: Reply) -> list[Reply]:
+        if request.kind == "train" and request.config["round"] == 2:
+            return [] if request.client == "0" else [Reply(reply.client, error="no memory")]
+        return [reply]
+
+    with pytest.raises(
+        RunError, match="round 2: no usable reply from 5 clients: 0: no reply in time; 1: train"
+    ):
+        run(tmp_path / "a", make_exchange(tamper=fail), clients_per_round=5)
+    run(tmp_path / "a", resume=True, clients_per_round=5)
+    run(tmp_path / "b", clients_per_round=5)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {},
+        {"eval-examples": 3, "eval-loss-sum": float("nan"), "eval-correct": 1},
+        {"eval-examples": 3, "eval-loss-sum": 1.0, "eval-correct": 4},
+        {"eval-examples": float("inf"), "eval-loss-sum": 1.0, "eval-correct": 1},
+    ],
+)
+def test_a_bad_evaluation_is_left_out(tmp_path: Path, metrics: dict[str, float]):
+    def tamper(request: Request, reply: Reply) -> list[Reply]:
+        bad = request.kind == "evaluate" and request.client == "1"
+        return [Reply("1", metrics=metrics) if bad else reply]
+
+    run(tmp_path, make_exchange(tamper=tamper), rounds=1)
+    record = read_history(tmp_path)[0]
+    assert [fault["client"] for fault in record["rejected"]] == ["1"]
+    assert record["eval_examples"] == 4 * 8
+    assert record["score"] is not None
+
+
+def test_nobody_can_evaluate(tmp_path: Path):
+    def tamper(request: Request, reply: Reply) -> list[Reply]:
+        return [Reply(reply.client, error="no test set")] if request.kind == "evaluate" else [reply]
+
+    with pytest.raises(
+        RunError, match="no client could evaluate the initial state: 0: evaluation: no test set"
+    ):
+        run(tmp_path, make_exchange(tamper=tamper))
+
+
+def test_a_loss_that_is_no_number_stays_out_of_the_mean(tmp_path: Path):
+    def tamper(request: Request, reply: Reply) -> list[Reply]:
+        return [replace(reply, metrics={"train-loss": float("nan")}) if request.client == "1" else reply]
+
+    def none(request: Request, reply: Reply) -> list[Reply]:
+        return [replace(reply, metrics={}) if request.kind == "train" else reply]
+
+    run(tmp_path / "a", make_exchange(tamper=lambda q, r: tamper(q, r) if q.kind == "train" else [r]))
+    run(tmp_path / "b", make_exchange(tamper=none))
+    assert all(record["train_loss"] is not None for record in read_history(tmp_path / "a")[1:])
+    assert all(record["train_loss"] is None for record in read_history(tmp_path / "b"))
+
+
+# --- Hello ----------------------------------------------------------------------------------------
+
+
+def test_clients_that_do_not_fit_are_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    other = make_blueprint(replace(SPEC, topk=3))
+    members = [FakeClient(str(number), other if number == 3 else make_blueprint()) for number in range(6)]
+
+    def tamper(request: Request, reply: Reply) -> list[Reply]:
+        if request.kind != "hello":
+            return [reply]
+        broken = {"1": [], "2": [replace(reply, text="{")], "4": [Reply("4", error="no data")]}
+        return broken.get(request.client, [reply])
+
+    summary = run(tmp_path, FakeExchange(members, tamper), clients=6)
+    assert summary["clients"] == 2
+    told = "\n".join(caplog.messages)
+    assert "client 1 refused: no answer within 600 seconds" in told
+    assert "client 2 refused: its answer is not JSON" in told
+    assert "client 3 refused: its adapter is " in told
+    assert "client 4 refused: no data" in told
+
+
+def test_nobody_is_left(tmp_path: Path):
+    def tamper(request: Request, reply: Reply) -> list[Reply]:
+        return [replace(reply, text='{"fingerprint": 3, "versions": {}, "examples": 1}')]
+
+    with pytest.raises(
+        RunError, match="hello: none of 5 clients can take part: 0: its answer has fingerprint = 3"
+    ):
+        run(tmp_path, make_exchange(tamper=tamper))
+    assert not tmp_path.exists() or not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"blueprint": "{}"}, "client 0: blueprint: not readable"),
+        ({"blueprint": make_blueprint(replace(SPEC, seed=9)).to_json()}, "client 0: it describes adapter"),
+        (
+            {"metric": {"name": "bleu", "higher_is_better": True}},
+            "its metric is 'bleu', expected one of accuracy",
+        ),
+        ({"metric": None}, "its answer has metric = None, expected dict"),
+    ],
+)
+def test_a_description_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], reason: str):
+    def tamper(request: Request, reply: Reply) -> list[Reply]:
+        if request.kind == "describe":
+            return [replace(reply, text=json.dumps(json.loads(reply.text) | change))]
+        return [reply]
+
+    with pytest.raises(RunError, match=f"describe: .*{reason}"):
+        run(tmp_path, make_exchange(tamper=tamper))
+
+
+# --- Resume ---------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """As good as a kill: nothing of ours catches it."""
+
+
+@dataclass
+class Bomb:
+    """Counts points where the process may die, and dies at one of them."""
+
+    at: int
+    passed: int = 0
+
+    def tick(self) -> None:
+        self.passed += 1
+        if self.passed == self.at:
+            raise Crash
+
+
+def resumable(out: Path) -> bool:
+    return (out / "history.jsonl").exists()
+
+
+def test_killed_at_every_point_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before and after every file operation, and at every reply."""
+    run(tmp_path / "whole", rounds=3)
+    expected = content(tmp_path / "whole")
+    real = {name: getattr(os, name) for name in ("fsync", "replace")}
+
+    for at in itertools.count(1):
+        out, bomb = tmp_path / str(at), Bomb(at)
+
+        def reply_or_die(request: Request, reply: Reply, bomb: Bomb = bomb) -> list[Reply]:
+            bomb.tick()
+            return [reply]
+
+        for name, function in real.items():
+
+            def file_or_die(*arguments: Any, function: Any = function, bomb: Bomb = bomb) -> None:
+                bomb.tick()
+                function(*arguments)
+                bomb.tick()
+
+            monkeypatch.setattr(os, name, file_or_die)
+        try:
+            run(out, make_exchange(tamper=reply_or_die), rounds=3)
+        except Crash:
+            pass
+        else:
+            assert bomb.passed < at
+            break
+        finally:
+            monkeypatch.undo()
+        run(out, resume=resumable(out), rounds=3)
+        assert content(out) == expected, f"died at point {at}"
+    assert at > 60
+
+
+def interrupted(out: Path, rounds: int) -> None:
+    """A run that was stopped by Ctrl-C in the round after `rounds`."""
+
+    def stop(request: Request, reply: Reply) -> Iterator[Reply]:
+        if request.config.get("round") == rounds + 1:
+            raise KeyboardInterrupt
+        yield reply
+
+    with pytest.raises(KeyboardInterrupt):
+        run(out, make_exchange(tamper=stop))
+
+
+def test_ctrl_c_leaves_the_run_resumable(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    interrupted(tmp_path / "a", 2)
+    assert "stopped; round 2 is saved, go on with resume" in caplog.messages
+    assert not (tmp_path / "a" / "summary.json").exists()
+    run(tmp_path / "a", resume=True)
+    run(tmp_path / "b")
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+@pytest.mark.parametrize("left", [0.0, 0.3, 0.9, 0.999])
+def test_files_cut_short_by_a_kill(tmp_path: Path, left: float):
+    run(tmp_path / "b")
+    for damaged in ("history.jsonl", "checkpoints/round-00002.safetensors"):
+        out = tmp_path / damaged.replace("/", "-")
+        interrupted(out, 2)
+        path = out / damaged
+        whole = path.read_bytes()
+        if damaged == "history.jsonl":  # half of the next line stands there
+            path.write_bytes(whole + whole.splitlines()[-1][: int(left * 100)])
+        else:
+            path.write_bytes(whole[: int(left * len(whole))])
+        (out / "checkpoints" / ".round-00003.safetensors.abc").write_bytes(b"half")
+        run(out, resume=True)
+        assert content(out) == content(tmp_path / "b")
+        assert not list((out / "checkpoints").glob(".*"))
+
+
+@pytest.mark.slow
+def test_sigkill_of_a_real_process(tmp_path: Path):
+    """`kill -9` at twenty moments of a run, then resume."""
+    run(tmp_path / "whole", rounds=6)
+    expected = content(tmp_path / "whole")
+    code = (
+        "import sys, time, pathlib, tests.fl_server.test_rounds as t\n"
+        "slow = lambda request, reply: time.sleep(0.01) or [reply]\n"
+        "t.run(pathlib.Path(sys.argv[1]), t.make_exchange(tamper=slow), rounds=6)\n"
+    )
+    for at in range(20):
+        out = tmp_path / str(at)
+        process = subprocess.Popen([sys.executable, "-c", code, str(out)])
+        while not resumable(out) and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(0.02 * at)
+        process.kill()
+        process.wait()
+        run(out, resume=True, rounds=6)
+        assert content(out) == expected
+
+
+def test_rounds_may_be_raised_and_nothing_to_do_is_fine(tmp_path: Path):
+    options = {"schedule": "constant", "eval_every": 1}
+    run(tmp_path / "a", rounds=2, **options)
+    before = content(tmp_path / "a")
+    run(tmp_path / "a", rounds=2, resume=True, **options)
+    assert content(tmp_path / "a") == before
+    run(tmp_path / "a", rounds=4, resume=True, **options)
+    run(tmp_path / "b", rounds=4, **options)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    with pytest.raises(RunError, match="the run has finished round 4, but rounds is 3"):
+        run(tmp_path / "a", rounds=3, resume=True, **options)
+
+
+def test_directories_that_are_taken_missing_or_damaged(tmp_path: Path):
+    with pytest.raises(RunError, match="no run to resume"):
+        run(tmp_path / "a", resume=True)
+    interrupted(tmp_path / "a", 2)
+    with pytest.raises(RunError, match="taken by a run; go on with --resume or choose another --out"):
+        run(tmp_path / "a")
+
+    history = tmp_path / "a" / "history.jsonl"
+    lines = history.read_text().splitlines(keepends=True)
+    history.write_text("".join(lines[:2]))
+    with pytest.raises(RunError, match="ends before round 2, but there is a checkpoint of round 2"):
+        run(tmp_path / "a", resume=True)
+    history.write_text("".join([lines[0], "{}\n", lines[2]]))
+    with pytest.raises(RunError, match="line 2 is damaged, expected the record of round 1"):
+        run(tmp_path / "a", resume=True)
+    history.write_text("".join(lines))
+
+    checkpoints = sorted((tmp_path / "a" / "checkpoints").iterdir())
+    for path in checkpoints:
+        path.write_bytes(b"nothing")
+    with pytest.raises(RunError, match="no readable checkpoint"):
+        run(tmp_path / "a", resume=True)
+    for path in checkpoints:
+        path.unlink()
+    with pytest.raises(RunError, match="has 3 rounds, but there is no checkpoint"):
+        run(tmp_path / "a", resume=True)
+
+
+def test_resume_with_another_adapter_tells_what_differs(tmp_path: Path):
+    interrupted(tmp_path, 2)
+    other = make_blueprint(replace(SPEC, rank=4, seed=6))
+    exchange = FakeExchange([FakeClient(str(number), other) for number in range(5)])
+    with pytest.raises(RunError) as error:
+        run(tmp_path, exchange, resume=True)
+    assert str(error.value).endswith(
+        "rank: the checkpoint has 2, the clients 4; seed: the checkpoint has 5, the clients 6"
+    )

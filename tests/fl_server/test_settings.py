@@ -1,0 +1,49 @@
+"""Settings: read from dashes, all faults told together, the schedule."""
+
+from __future__ import annotations
+
+import pytest
+
+from fl_server.settings import ServerSettings
+from vblora.errors import ConfigError
+
+
+def test_reads_its_keys_and_leaves_others_alone():
+    found = ServerSettings.from_run_config(
+        {"rounds": 3, "clients-per-round": 2, "wait-seconds": 5, "resume": True, "model": "minilm"}
+    )
+    assert (found.rounds, found.clients_per_round, found.wait_seconds, found.resume) == (3, 2, 5, True)
+    assert found.clients == ServerSettings().clients
+
+
+def test_tells_all_faults_together():
+    with pytest.raises(ConfigError) as error:
+        ServerSettings.from_run_config(
+            {
+                "rounds": 0,
+                "seed": "one",
+                "eval-every": True,
+                "schedule": "linear",
+                "out": "",
+                "clients": 3,
+                "clients-per-round": 4,
+                "timeout-seconds": float("nan"),
+            }
+        )
+    assert str(error.value) == (
+        "server settings: rounds is 0, expected 1 to 1000000; seed is 'one', expected a whole number; "
+        "eval-every is True, expected a whole number; timeout-seconds is nan, expected 0 to 604800; "
+        "clients-per-round is 4 but there are 3 clients; lower clients-per-round or raise clients; "
+        "schedule is 'linear', expected one of cosine, constant; out is empty, expected the run directory"
+    )
+
+
+def test_schedule():
+    cosine = ServerSettings(rounds=11, warmup_rounds=0, final_scale=0.2)
+    assert [cosine.lr_scale(number) for number in (1, 6, 11)] == pytest.approx([1.0, 0.6, 0.2])
+    warm = ServerSettings(rounds=10, warmup_rounds=3, schedule="constant")
+    assert [warm.lr_scale(number) for number in range(1, 6)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    both = ServerSettings(rounds=10, warmup_rounds=3)
+    assert [both.lr_scale(number) for number in (3, 4, 10)] == pytest.approx([0.75, 1.0, 0.1])
+    assert ServerSettings(rounds=1).lr_scale(1) == 1.0
+    assert 0 < ServerSettings(rounds=2, warmup_rounds=5).lr_scale(2) <= 1

@@ -1,0 +1,290 @@
+"""The in-process grid, and the real ServerApp over it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fl_server.app import GridExchange, app
+from fl_server.exchange import Reply, Request
+from fl_server.rounds import run_rounds
+from simulations.grid import InProcessGrid, one_by_one, run_server_app
+from tests.fl_server.fakes import FakeClient, make_exchange, make_settings, read_history
+from vblora.errors import ConfigError, DataError, RunError
+
+TYPES = {"query.hello": "hello", "query.describe": "describe", "train": "train", "evaluate": "evaluate"}
+
+
+def to_message(reply: Reply, message: Message) -> Message:
+    content = RecordDict(
+        {
+            "metrics": MetricRecord(dict(reply.metrics)),
+            "text": ConfigRecord({"text": reply.text, "client": reply.client}),
+        }
+    )
+    if reply.blob:
+        content["blob"] = ArrayRecord({"blob": Array("uint8", (len(reply.blob),), "fedvb", reply.blob)})
+    return Message(content, reply_to=message)
+
+
+def answer(message: Message, context: Context) -> Message:
+    """What a ClientApp does, with a fake client."""
+    record = message.content.get("blob")
+    request = Request(
+        client="",
+        kind=TYPES[message.metadata.message_type],
+        blob=record["blob"].data if record else b"",
+        config=dict(message.content["config"]),
+    )
+    return to_message(FakeClient(str(context.node_config["partition-id"])).answer(request), message)
+
+
+def fake_client_app() -> ClientApp:
+    client_app = ClientApp()
+    for decorator in (client_app.train(), client_app.evaluate(), client_app.query("hello")):
+        decorator(answer)
+    client_app.query("describe")(answer)
+    return client_app
+
+
+def run_config(out: Path, **options: Any) -> dict[str, Any]:
+    names = ("rounds", "clients", "clients_per_round", "seed", "eval_every", "wait_seconds", "resume")
+    settings = make_settings(out, **options)
+    return {"out": str(out)} | {name.replace("_", "-"): getattr(settings, name) for name in names}
+
+
+def messages(nodes: Iterable[int], kind: str = "train") -> list[Message]:
+    return [Message(RecordDict({"config": ConfigRecord({})}), node, kind) for node in nodes]
+
+
+# --- The server app -------------------------------------------------------------------------------
+
+
+def test_server_app_and_fake_exchange_give_one_history(tmp_path: Path):
+    config = run_config(tmp_path / "grid")
+    run_server_app(app, InProcessGrid(one_by_one(fake_client_app()), 5, config), config)
+    run_rounds(make_exchange(), make_settings(tmp_path / "fake"))
+    assert read_history(tmp_path / "grid") == read_history(tmp_path / "fake")
+    assert (tmp_path / "grid" / "summary.json").exists()
+
+
+def test_resume_over_a_new_grid(tmp_path: Path):
+    def stopping(messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
+        for message, context in zip(messages, contexts, strict=True):
+            if message.content["config"].get("round") == 3:
+                raise KeyboardInterrupt
+            yield answer(message, context)
+
+    config = run_config(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        run_server_app(app, InProcessGrid(stopping, 5, config), config)
+    grid = InProcessGrid(one_by_one(fake_client_app()), 5, config)
+    run_server_app(app, grid, config | {"resume": True})
+    run_rounds(make_exchange(), make_settings(tmp_path / "b"))
+    assert read_history(tmp_path / "a") == read_history(tmp_path / "b")
+
+
+def test_errors_come_out_of_the_server_app_and_are_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    grid = InProcessGrid(one_by_one(fake_client_app()), 5)
+    with pytest.raises(ConfigError):
+        run_server_app(app, grid, {"rounds": 0})
+    assert caplog.messages == ["server settings: rounds is 0, expected 1 to 1000000"]
+    with pytest.raises(RunError, match="5 of 6 clients came within 0 seconds"):
+        run_server_app(app, grid, run_config(tmp_path, clients=6, wait_seconds=0))
+
+
+def test_observer_of_the_grid_is_told(tmp_path: Path):
+    told: list[str] = []
+
+    class Observer:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: told.append(name)
+
+    config = run_config(tmp_path, rounds=1, clients_per_round=2)
+    run_server_app(app, InProcessGrid(one_by_one(fake_client_app()), 5, observer=Observer()), config)
+    evaluated = ["reply_received"] * 5 + ["round_finished"]
+    assert told == [
+        "run_started",
+        *evaluated,
+        "round_started",
+        "reply_received",
+        "reply_received",
+        *evaluated,
+    ]
+
+
+# --- The exchange over a grid ---------------------------------------------------------------------
+
+
+def test_clients_are_named_and_ordered_by_their_hello():
+    grid = InProcessGrid(one_by_one(fake_client_app()), 12)
+    exchange = GridExchange.meet(grid, 11, 1.0)
+    assert exchange.clients() == [str(number) for number in range(11)]
+    replies = list(exchange.ask([Request(name, "hello") for name in exchange.clients()], 1.0))
+    assert [reply.client for reply in replies] == exchange.clients()
+    assert json.loads(replies[3].text)["examples"] == 103
+
+
+def test_nodes_without_a_name_and_nodes_of_one_name():
+    def mute(messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
+        for message, context in zip(messages, contexts, strict=True):
+            if context.node_config["partition-id"] == 1:
+                raise DataError("client 1: no such file")
+            yield answer(message, context)
+
+    exchange = GridExchange.meet(InProcessGrid(mute, 3), 3, 1.0)
+    assert exchange.clients() == ["0", "2", "node-3"]
+    (reply,) = exchange.ask([Request("node-3", "hello")], 1.0)
+    assert reply == Reply("node-3", error="client 1: no such file")
+
+    def twins(messages: list[Message], contexts: list[Context]) -> list[Message]:
+        return [to_message(Reply("7", text="{}"), message) for message in messages]
+
+    with pytest.raises(RunError, match="nodes 2 and 3 both say that they are client 7"):
+        GridExchange.meet(InProcessGrid(twins, 3), 3, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (RecordDict({"blob": ConfigRecord({})}), "the blob is not an ArrayRecord"),
+        (RecordDict({"blob": ArrayRecord({})}), "KeyError"),
+        (RecordDict({"blob": ArrayRecord({"blob": Array("uint8", (1,), "other", b"x")})}), "stype other"),
+        (RecordDict({"text": ArrayRecord({})}), ""),
+    ],
+)
+def test_malformed_replies_do_no_harm(content: RecordDict, reason: str):
+    def handle(messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
+        for message, context in zip(messages, contexts, strict=True):
+            hello = message.metadata.message_type == "query.hello"
+            yield answer(message, context) if hello else Message(content, reply_to=message)
+
+    exchange = GridExchange.meet(InProcessGrid(handle, 1), 1, 1.0)
+    (reply,) = exchange.ask([Request("0", "train", b"x")], 1.0)
+    assert reason in reply.error
+    assert reply.blob == b""
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ("client 1 has no rows", "client 1 has no rows"),
+        ("<class 'vblora.errors.DataError'>:<'client 1 has no rows'>", "DataError: client 1 has no rows"),
+        (
+            "<class 'ray.RayTaskError(ClientAppException)'>:<'\x1b[36mray::run()\x1b[39m (pid=3)\n"
+            "Exception ClientAppException occurred. Message: client 1\nhas no rows'>",
+            "client 1 has no rows",
+        ),
+        (None, "Flower error 8"),
+        ("x" * 9999, "x" * 500),
+    ],
+)
+def test_reasons_are_one_plain_line(told: str | None, shown: str):
+    def handle(messages: list[Message], contexts: list[Context]) -> list[Message]:
+        return [Message(Error(8, told), reply_to=message) for message in messages]
+
+    exchange = GridExchange(InProcessGrid(handle, 1), {"0": 2}, {})
+    assert list(exchange.ask([Request("0", "train", b"x")], 1.0)) == [Reply("0", error=shown)]
+
+
+def test_ask_gives_up_when_nothing_comes():
+    class Silent(InProcessGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            return []
+
+    grid = Silent(one_by_one(fake_client_app()), 2)
+    exchange = GridExchange(grid, {"0": 2, "1": 3}, {})
+    assert list(exchange.ask([Request("0", "train"), Request("1", "train")], 0.1)) == []
+
+
+# --- The grid itself ------------------------------------------------------------------------------
+
+
+def test_a_group_is_handled_together_in_order_and_contexts_last():
+    groups: list[tuple[str, list[int]]] = []
+
+    def handle(messages: list[Message], contexts: list[Context]) -> list[Message]:
+        groups.append((messages[0].metadata.message_type, [context.node_id for context in contexts]))
+        for context in contexts:
+            context.state.setdefault("seen", MetricRecord({"times": 0}))["times"] += 1
+        return [Message(RecordDict(), reply_to=message) for message in reversed(messages)]
+
+    grid = InProcessGrid(handle, 10_000, {"seed": 3})
+    replies = list(grid.send_and_receive([*messages([9, 4]), *messages([4], "evaluate"), *messages([7])]))
+    assert groups == [("train", [9, 4, 7]), ("evaluate", [4])]
+    assert [reply.metadata.src_node_id for reply in replies] == [7, 4, 9, 4]
+    assert grid.context(4).state["seen"]["times"] == 2
+    assert grid.context(4).node_config == {"partition-id": 2, "num-partitions": 10_000}
+    assert grid.context(4).run_config == {"seed": 3}
+    assert len(grid._contexts) == 3
+    assert len(list(grid.get_node_ids())) == 10_000
+
+
+def test_an_error_of_ours_concerns_one_client_and_others_go_through():
+    sizes: list[int] = []
+
+    def handle(messages: list[Message], contexts: list[Context]) -> list[Message]:
+        sizes.append(len(messages))
+        if any(context.node_id == 3 for context in contexts):
+            raise DataError("client 1 has no rows")
+        return [Message(RecordDict(), reply_to=message) for message in messages]
+
+    grid = InProcessGrid(handle, 3)
+    replies = list(grid.send_and_receive(messages([2, 3, 4])))
+    assert sizes == [3, 1, 1, 1]
+    assert [reply.has_error() for reply in replies] == [False, True, False]
+    assert replies[1].error.reason == "client 1 has no rows"
+
+    def broken(messages: list[Message], contexts: list[Context]) -> list[Message]:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        InProcessGrid(broken, 3).send_and_receive(messages([2]))
+
+
+def test_a_lazy_handle_is_not_asked_again_for_what_it_gave():
+    calls: list[list[int]] = []
+
+    def handle(messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
+        calls.append([context.node_id for context in contexts])
+        for message, context in zip(messages, contexts, strict=True):
+            if context.node_id == 3:
+                raise DataError("no")
+            yield Message(RecordDict(), reply_to=message)
+
+    replies = list(InProcessGrid(handle, 3).send_and_receive(messages([2, 3, 4])))
+    assert calls == [[2, 3, 4], [3], [4]]
+    assert [reply.has_error() for reply in replies] == [False, True, False]
+
+
+def test_no_reply_and_two_replies():
+    def handle(messages: list[Message], contexts: list[Context]) -> list[Message]:
+        return [Message(RecordDict(), reply_to=messages[0])] * 2
+
+    replies = list(InProcessGrid(handle, 3).send_and_receive(messages([2, 3])))
+    assert [reply.has_error() for reply in replies] == [False, True]
+
+
+def test_what_nobody_pulls_is_not_worked_on():
+    seen: list[int] = []
+
+    def handle(messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
+        for message, context in zip(messages, contexts, strict=True):
+            seen.append(context.node_id)
+            yield Message(RecordDict(), reply_to=message)
+
+    grid = InProcessGrid(handle, 300)
+    old = list(grid.push_messages(messages(range(2, 202))))
+    assert len(list(grid.pull_messages(old))) == 64
+    new = list(grid.push_messages(messages([250])))
+    assert [reply.metadata.src_node_id for reply in grid.pull_messages(new)] == [250]
+    assert seen == [*range(2, 66), 250]
+    assert list(grid.pull_messages(old)) == []

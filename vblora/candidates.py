@@ -1,0 +1,198 @@
+"""Compacted logits: of each row's h logits only those that can take part, exactly.
+
+Untouched logits keep their seeded values, and these fall strictly along the row's seeded order. So beyond some place p
+(`reach`) every logit is a seeded one, and while p + k <= W the k largest of the first W places are the k largest of all h.
+One step touches at most k new places of a row, the next ones of its order. Hence: check every `CHECK_EVERY` steps, with
+room for the steps between, and a dense (S, h) is never built.
+
+All logits lie in one flat tensor (C, N): first W0 places of every row, then the further places of the few rows that outgrew
+them, appended as they grow. The flat index of a logit is its slot. The order is the same for all clients of a cohort.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vblora import seeded
+from vblora.spec import VBLoRASpec
+from vblora.state import TopK
+
+__all__ = ["CHECK_EVERY", "Candidates", "Selection", "anchored"]
+
+WIDTH = 64
+GROWTH = 4
+CHECK_EVERY = 8
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The k largest logits of every row, largest first; ties go to the lower place.
+
+    Attributes:
+        places: (C, S, k) int64, places in the row's seeded order.
+        slots: (C, S, k) int64, the same as indices into the flat logits.
+    """
+
+    places: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Rows that outgrew the first width. rows (n,) int64; slots (n, W) int64, one for each of their first W places."""
+
+    rows: Tensor
+    slots: Tensor
+
+
+class Candidates:
+    """Which logits are held, for all rows of one adapter.
+
+    Attributes:
+        order: (N,) int32, the bank vector that each slot scores.
+        reach: (S,) int64, places of a row from which on every logit of every client is a seeded one.
+    """
+
+    def __init__(self, spec: VBLoRASpec, rows: int, device: torch.device, width: int = WIDTH) -> None:
+        self.spec = spec
+        self.rows = rows
+        self.width = min(spec.num_vectors, max(width, spec.topk * (CHECK_EVERY + 2)))
+        everything = np.arange(rows)
+        order = seeded.order(spec.seed, everything, spec.num_vectors, self.width)
+        self.order = torch.from_numpy(order).flatten().to(device)
+        self._seeds = seeded.values(spec.seed, everything, spec.num_vectors, self.width, spec.init_std)
+        self._start_order = self.order
+        self._tiers: list[Tier] = []
+        self.reach = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def start(self, topk: TopK) -> Tensor:
+        """Logits that stand for a selection: the seeds, with the chosen k lifted above the others. Shape (N,) float32.
+
+        The lowest chosen logit comes to `margin` above the best that is not chosen, or keeps its seed where that is higher;
+        the gaps place the others above it. Places beyond the chosen keep their seeds, which is what keeps the order exact.
+        """
+        device = self.order.device
+        self.order, self._tiers = self._start_order, []
+        self.reach = torch.from_numpy(topk.positions.max(axis=1).astype(np.int64) + 1).to(device)
+        flat = torch.from_numpy(self._seeds.copy()).flatten().to(device)
+        flat = torch.cat([flat, *self.grow()])
+        slots = self._slots_of(torch.from_numpy(topk.positions.astype(np.int64)).to(device))
+        flat[slots] = torch.from_numpy(anchored(self.spec, self._seeds, topk)).to(device)
+        return flat
+
+    def select(self, logits: Tensor) -> Selection:
+        """Choose the k largest of each row. logits: (C, N), any float dtype. Not differentiable."""
+        logits = logits.detach()
+        clients, first = len(logits), self.rows * self.width
+        places = _largest(logits[:, :first].view(clients, self.rows, self.width), self.spec.topk)
+        slots = places + torch.arange(0, first, self.width, device=places.device).view(1, -1, 1)
+        for tier in self._tiers:
+            found = _largest(logits[:, tier.slots], self.spec.topk)
+            places[:, tier.rows] = found
+            slots[:, tier.rows] = tier.slots.expand(clients, -1, -1).gather(2, found)
+        self.reach = torch.maximum(self.reach, places.amax(dim=(0, 2)) + 1)
+        return Selection(places, slots)
+
+    def grow(self) -> list[Tensor]:
+        """Make room for the next `CHECK_EVERY` selections where a row is short of it.
+
+        Returns:
+            Seeded logits (n,) to append to the flat logits, in order; empty where nothing grew. Optimiser moments of
+            appended logits are zero, which is what they would be had the logits been there all along.
+        """
+        appended = []
+        while len(short := self._short_rows()):
+            rows, widths = short, self._widths()[short]
+            for width in sorted(set(widths.tolist())):
+                appended.append(self._widen(rows[widths == width], width))
+        return appended
+
+    def _widths(self) -> Tensor:
+        """(S,) places held of each row."""
+        widths = torch.full_like(self.reach, self.width)
+        for tier in self._tiers:
+            widths[tier.rows] = tier.slots.shape[1]
+        return widths
+
+    def _short_rows(self) -> Tensor:
+        if self.width == self.spec.num_vectors:
+            return self.reach[:0]
+        widths = self._widths()
+        needed = self.reach + self.spec.topk * (CHECK_EVERY + 1)
+        return ((needed > widths) & (widths < self.spec.num_vectors)).nonzero().flatten()
+
+    def _widen(self, rows: Tensor, width: int) -> Tensor:
+        """Move rows of one width to the next; give the seeds of their new places."""
+        spec, device = self.spec, self.order.device
+        wider = min(spec.num_vectors, width * GROWTH)
+        held = self._slots_of(torch.arange(width, device=device).expand(len(rows), -1), rows)
+        fresh = torch.arange(len(rows) * (wider - width), device=device).view(len(rows), -1) + len(self.order)
+        kept = [(tier, ~torch.isin(tier.rows, rows)) for tier in self._tiers]
+        self._tiers = [Tier(t.rows[keep], t.slots[keep]) for t, keep in kept if keep.any()]
+        self._tiers.append(Tier(rows, torch.cat([held, fresh], dim=1)))
+        names = rows.cpu().numpy()
+        order = seeded.order(spec.seed, names, spec.num_vectors, wider)[:, width:]
+        seeds = seeded.values(spec.seed, names, spec.num_vectors, wider, spec.init_std)[:, width:]
+        self.order = torch.cat([self.order, torch.from_numpy(order.copy()).flatten().to(device)])
+        return torch.from_numpy(seeds.copy()).flatten().to(device)
+
+    def _slots_of(self, places: Tensor, rows: Tensor | None = None) -> Tensor:
+        """(n, m) slots of places (n, m) of `rows` (all rows when None)."""
+        numbers = torch.arange(self.rows, device=places.device) if rows is None else rows
+        slots = places + numbers.view(-1, 1) * self.width
+        for tier in self._tiers:
+            where = torch.full((self.rows,), -1, dtype=torch.int64, device=places.device)
+            where[tier.rows] = torch.arange(len(tier.rows), device=places.device)
+            inside = (where[numbers] >= 0).nonzero().flatten()
+            slots[inside] = tier.slots[where[numbers[inside]]].gather(1, places[inside])
+        return slots
+
+
+def _largest(values: Tensor, k: int) -> Tensor:
+    """(..., k) places of the k largest along the last axis, largest first, ties to the lower place.
+
+    `torch.topk` promises nothing about ties; k passes of maximum and first match do, on every device.
+    """
+    places = torch.arange(values.shape[-1], device=values.device)
+    beyond = values.shape[-1] - 1  # a row of NaN matches nothing; keep the index inside, the loss will tell
+    values = values.clone()
+    found = []
+    for _ in range(k):
+        best = values.amax(dim=-1, keepdim=True)
+        place = torch.where(values == best, places, beyond).amin(dim=-1, keepdim=True)
+        values.scatter_(-1, place, -torch.inf)
+        found.append(place)
+    return torch.cat(found, dim=-1)
+
+
+def _first_missing(positions: NDArray[np.int32]) -> NDArray[np.int64]:
+    """(S,) the smallest place that is not in a row's set."""
+    ranked = np.sort(positions, axis=1)
+    unbroken = (ranked == np.arange(positions.shape[1])).cumprod(axis=1)
+    return np.asarray(unbroken.sum(axis=1), np.int64)
+
+
+def anchored(spec: VBLoRASpec, seeds: Floats, topk: TopK) -> Floats:
+    """(S, k) logits of the chosen, from additions and maxima alone: the same bits everywhere.
+
+    Args:
+        spec: gives k, h and the margin.
+        seeds: (S, W) seeded logits of the first W >= k + 1 places of each row (W = h where h is less).
+        topk: the selection.
+    """
+    last = topk.positions[:, -1:]
+    lowest = np.take_along_axis(seeds, np.minimum(last, seeds.shape[1] - 1), axis=1)
+    if spec.topk < spec.num_vectors:
+        missing = _first_missing(topk.positions)[:, None]
+        # A chosen place beyond the first missing one has a seed below it, so its own seed never decides there.
+        own = np.where(last < missing, lowest, np.float32(-np.inf))
+        lowest = np.maximum(own, np.take_along_axis(seeds, missing, axis=1) + np.float32(spec.margin))
+    spans = np.concatenate([np.zeros((len(topk.gaps), 1), np.float32), topk.gaps], axis=1)
+    return np.asarray(lowest + (spans[:, -1:] - spans), np.float32)

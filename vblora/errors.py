@@ -1,0 +1,66 @@
+"""Every error that this project raises on purpose.
+
+FedVBError                 anything below; the command line prints it as one line, exit code 2
+├── ConfigError            settings that cannot work; lists all faults together
+├── DataError              a data set that cannot be read or does not fit the task
+├── ModelError             a base model that cannot be loaded or adapted
+├── WireError              bytes that do not decode to what they claim to be
+├── UpdateError            a decoded update that must not be aggregated
+├── RunError               a run directory, or a round, that cannot go on
+└── ExportError            an adapter that the asked format cannot express
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "ExportError",
+    "FedVBError",
+    "ModelError",
+    "RunError",
+    "UpdateError",
+    "WireError",
+    "raise_faults",
+]
+
+
+class FedVBError(Exception):
+    """Base of the tree. The message says where, what was found, what was expected, and the fix."""
+
+
+class ConfigError(FedVBError):
+    """Settings that cannot work, alone or together."""
+
+
+class DataError(FedVBError):
+    """A data set that cannot be read, lacks a column, or leaves a client empty."""
+
+
+class ModelError(FedVBError):
+    """A base model that cannot be found, loaded or adapted."""
+
+
+class WireError(FedVBError):
+    """A blob that is truncated, altered, of another version, or out of its declared bounds."""
+
+
+class UpdateError(FedVBError):
+    """A well-formed update that must not be aggregated: wrong reference, shape, or a NaN."""
+
+
+class RunError(FedVBError):
+    """A run directory that is missing, taken or damaged, or a round that cannot go on."""
+
+
+class ExportError(FedVBError):
+    """An adapter that the requested file format cannot express."""
+
+
+def raise_faults(where: str, faults: Iterable[str]) -> None:
+    """Raise one `ConfigError` that lists every fault, or return if there is none."""
+    found = list(faults)
+    if found:
+        raise ConfigError(f"{where}: " + "; ".join(found))

@@ -1,0 +1,79 @@
+"""Files: written whole or not at all, and one safetensors form for a state wherever it rests on disk."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from vblora.errors import ModelError, RunError
+from vblora.spec import Blueprint
+from vblora.state import State, TopK
+
+__all__ = ["load_state", "save_state", "write_atomic"]
+
+FORMAT = "fedvb-state-1"
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; these are ordinary ones
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_state(path: Path, state: State, blueprint: Blueprint) -> None:
+    """Save a state with its blueprint, as one safetensors file, atomically."""
+    tensors: dict[str, NDArray[Any]] = {
+        name: np.ascontiguousarray(array) for name, array in state.dense.items()
+    }
+    if state.topk is not None:
+        tensors |= {"positions": state.topk.positions, "gaps": state.topk.gaps}
+    metadata = {
+        "format": FORMAT,
+        "version": str(state.version),
+        "digest": state.digest.hex(),
+        "blueprint": blueprint.to_json(),
+    }
+    write_atomic(path, save(tensors, metadata))
+
+
+def load_state(path: Path) -> tuple[State, Blueprint]:
+    """Read what `save_state` wrote.
+
+    Raises:
+        RunError: the file is missing, damaged, or of another format.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if metadata.get("format") != FORMAT:
+            raise RunError(f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}")
+        blueprint = Blueprint.from_json(metadata["blueprint"])
+        topk = TopK(tensors.pop("positions"), tensors.pop("gaps")) if "positions" in tensors else None
+        state = State(int(metadata["version"]), tensors, topk)
+        intact = state.digest.hex() == metadata["digest"]
+    except (OSError, SafetensorError, KeyError, ValueError, ModelError) as error:
+        raise RunError(f"{path}: not a readable state file ({error})") from error
+    if not intact:
+        raise RunError(f"{path}: content does not match its digest; the file is damaged")
+    return state, blueprint

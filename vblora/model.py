@@ -1,0 +1,201 @@
+"""Put an adapter into a base model: find the layers, describe them, and run the model with C clients' tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vblora.errors import ModelError
+from vblora.layers import AdaptedLinear, HeadLinear
+from vblora.rows import row_source, spread
+from vblora.spec import Blueprint, HeadTensor, Linear
+from vblora.state import State
+
+__all__ = ["AdaptedModel", "describe_base", "find_head", "find_linears"]
+
+ALL_LINEAR = "all-linear"
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def find_linears(base: nn.Module, targets: str = ALL_LINEAR) -> tuple[Linear, ...]:
+    """The layers to adapt, in the model's own order.
+
+    Args:
+        base: the model.
+        targets: "all-linear" (every linear layer but the head and the output embedding), or names separated by
+            commas; a name fits a layer that is called so or ends in it after a dot, as in PEFT.
+
+    Raises:
+        ModelError: a name fits no linear layer.
+    """
+    excluded = {id(module) for module in _head_modules(base).values()}
+    if callable(getattr(base, "get_output_embeddings", None)):
+        excluded.add(id(base.get_output_embeddings()))  # type: ignore[operator]
+    found = [
+        (name, sides)
+        for name, module in base.named_modules()
+        if (sides := _sides(module)) and id(module) not in excluded
+    ]
+    if targets == ALL_LINEAR:
+        return tuple(Linear(name, *sides) for name, sides in found)
+    wanted = [target.strip() for target in targets.split(",") if target.strip()]
+    for target in wanted:
+        if not any(_fits(name, target) for name, _ in found):
+            known = sorted({name.rsplit(".", 1)[-1] for name, _ in found})
+            raise ModelError(
+                f"--target-modules: {target!r} fits no linear layer; the base has {', '.join(known)}"
+            )
+    return tuple(
+        Linear(name, *sides) for name, sides in found if any(_fits(name, target) for target in wanted)
+    )
+
+
+def find_head(base: nn.Module) -> tuple[HeadTensor, ...]:
+    """The tensors outside the pretrained trunk that a task trains, such as a classifier's.
+
+    Raises:
+        ModelError: a head that is not made of linear layers.
+    """
+    tensors = []
+    for name, module in _head_modules(base).items():
+        if not isinstance(module, nn.Linear):
+            raise ModelError(
+                f"task head: {name} is a {type(module).__name__}; only linear layers can be trained beside the adapter"
+            )
+        tensors += [
+            HeadTensor(f"{name}.{key}", tuple(value.shape))
+            for key, value in module.named_parameters(recurse=False)
+        ]
+    return tuple(tensors)
+
+
+def describe_base(base: nn.Module) -> str:
+    """What kind of base this is, the same wherever its files lie: architecture, width, depth, vocabulary."""
+    config = getattr(base, "config", None)
+    if config is None:
+        return type(base).__name__
+    parts = [
+        getattr(config, key, None) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    ]
+    return "-".join(str(part) for part in parts if part is not None)
+
+
+class AdaptedModel:
+    """A frozen base with an adapter in place, run with the tensors of C clients at once.
+
+    The base's modules are wrapped where they stand; its own parameters are frozen and never change.
+
+    Attributes:
+        base: the wrapped model, in evaluation mode (dropout off).
+        blueprint: what the tensors mean.
+        source: makes rows from tensors.
+    """
+
+    def __init__(self, base: nn.Module, blueprint: Blueprint) -> None:
+        self.base = base.eval().requires_grad_(False)
+        self.blueprint = blueprint
+        parameter = next(base.parameters())
+        self.device = parameter.device
+        self.dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.float32
+        self.source = row_source(blueprint, self.device)
+        self._linears = [
+            _replace(
+                base, linear.name, AdaptedLinear(base.get_submodule(linear.name), blueprint.spec.scaling)
+            )
+            for linear in blueprint.linears
+        ]
+        self._heads = {
+            name: _replace(base, name, HeadLinear(base.get_submodule(name)))  # type: ignore[arg-type]
+            for name in dict.fromkeys(tensor.name.rsplit(".", 1)[0] for tensor in blueprint.head)
+        }
+
+    def load(self, state: State, clients: int = 1) -> dict[str, Tensor]:
+        """Leaf tensors (C, ...) of `clients` clients that start from `state`: the source's own, and `head`."""
+        tensors = self.source.load(state, clients)
+        if self.blueprint.head_size:
+            tensors["head"] = spread(state.dense["head"], clients, self.device)
+        return tensors
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compose all rows once and hand each layer its factors; gradients flow back to `tensors`."""
+        rows = self.source.rows(tensors).to(self.dtype)
+        sizes = [
+            size
+            for part in self.blueprint.slices
+            for size in (part.middle - part.start, part.stop - part.middle)
+        ]
+        pieces = torch.split(rows, sizes, dim=1)
+        for layer, part, a, b in zip(
+            self._linears, self.blueprint.slices, pieces[::2], pieces[1::2], strict=True
+        ):
+            layer.factors = (
+                self._factor(a, part.linear.in_features),
+                self._factor(b, part.linear.out_features),
+            )
+        if self.blueprint.head_size:
+            self._bind_head(tensors["head"].to(self.dtype))
+
+    def unbind(self) -> None:
+        """Forget the factors: the model is the frozen base again, and the graph behind them is freed."""
+        for layer in self._linears:
+            layer.factors = None
+        for head in self._heads.values():
+            head.tensors = None
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run the base with the bound factors. Inputs are batches of all clients, one after another: (C * n, ...)."""
+        return self.base(**inputs)
+
+    def _factor(self, rows: Tensor, side: int) -> Tensor:
+        """Rows (C, r * m, b) of one factor as (C, r, side); the last of the m sub-vectors is cut at the side's end."""
+        return rows.reshape(len(rows), self.blueprint.spec.rank, -1)[..., :side]
+
+    def _bind_head(self, flat: Tensor) -> None:
+        sizes = [tensor.size for tensor in self.blueprint.head]
+        pieces = torch.split(flat, sizes, dim=1)
+        bound: dict[str, dict[str, Tensor]] = {}
+        for tensor, piece in zip(self.blueprint.head, pieces, strict=True):
+            layer, key = tensor.name.rsplit(".", 1)
+            bound.setdefault(layer, {})[key] = piece.view(-1, *tensor.shape)
+        for layer, values in bound.items():
+            self._heads[layer].tensors = values["weight"], values.get("bias")
+
+
+def _sides(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear layer, or None. GPT-2's Conv1D holds its weight transposed."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        rows, columns = module.weight.shape  # type: ignore[misc]
+        return int(rows), int(columns)
+    return None
+
+
+def _fits(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _head_modules(base: nn.Module) -> dict[str, nn.Module]:
+    """Modules with parameters of their own outside the trunk, for models that are a trunk with a task head on it."""
+    prefix = getattr(base, "base_model_prefix", "")
+    if not prefix or not hasattr(base, prefix) or not hasattr(getattr(base, "config", None), "num_labels"):
+        return {}
+    if not type(base).__name__.endswith("ForSequenceClassification"):
+        return {}
+    return dict(_outside(base, prefix))
+
+
+def _outside(base: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in base.named_modules():
+        inside = not name or name == prefix or name.startswith(prefix + ".")
+        if not inside and list(module.parameters(recurse=False)):
+            yield name, module
+
+
+def _replace(base: nn.Module, name: str, module: Layer) -> Layer:
+    parent, _, child = name.rpartition(".")
+    setattr(base.get_submodule(parent), child, module)
+    return module
