@@ -1,23 +1,22 @@
-"""The ClientApp: Flower records in, Flower records out. What happens between is in `fl_client.site`."""
+"""The ClientApp: Flower records in, Flower records out. What happens between is in `fl_client.serve`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fl_client.opening import open_site
+from fl_client.serve import Answer, Question, answer
 from fl_client.settings import SiteSettings
-from fl_client.site import OnStep, Site
-from vblora.spec import Blueprint
-from vblora.state import State
-from vblora.wire import decode_state, encode_update
 
-__all__ = ["app", "handle"]
+__all__ = ["Answers", "app", "handle"]
+
+Answers = Callable[[Sequence[Question]], Iterable[Answer]]
+
+CLIENT_APP_RAISED = 2  # flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 app = ClientApp()
 
@@ -47,61 +46,21 @@ def describe(message: Message, context: Context) -> Message:
 
 
 def handle(
-    messages: Sequence[Message],
-    contexts: Sequence[Context],
-    on_step: OnStep | None = None,
+    messages: Sequence[Message], contexts: Sequence[Context], answers: Answers | None = None
 ) -> Iterator[Message]:
-    """Answer messages of one type for the clients of one process, in their order; training is done in cohorts.
+    """Answer messages of one type for the clients of one process; training is done in cohorts.
 
     Args:
         messages: of one type and, for training, of one round.
         contexts: the client of each; their run configs are equal.
-        on_step: called with (steps done, steps in all) while training.
+        answers: who answers; None is the site that the run config describes, opened once and kept.
     """
-    site = open_site(SiteSettings.from_run_config(contexts[0].run_config))
-    kind = messages[0].metadata.message_type
-    if kind == "train":
-        yield from _train(site, messages, contexts, on_step)
-        return
-    for message, context in zip(messages, contexts, strict=True):
-        if kind == "evaluate":
-            yield _evaluate(site, message)
-        elif kind == "query.hello":
-            yield _hello(site, message, context)
-        else:
-            yield _reply(message, text=site.describe())
-
-
-def _train(
-    site: Site, messages: Sequence[Message], contexts: Sequence[Context], on_step: OnStep | None
-) -> Iterator[Message]:
-    config = messages[0].content.config_records["config"]
-    trained = site.train_clients(
-        _state(site, messages[0]),
-        [_client(context) for context in contexts],
-        round_number=int(str(config["round"])),
-        scale=float(str(config["lr-scale"])),
-        on_step=on_step,
-    )
-    for message, result in zip(messages, trained, strict=True):
-        metrics = {"train-loss": result.loss, "examples": result.examples, "steps": result.steps}
-        yield _reply(message, blob=encode_update(result.update, site.blueprint), metrics=metrics)
-
-
-def _evaluate(site: Site, message: Message) -> Message:
-    config = message.content.config_records["config"]
-    sums = site.evaluate(_state(site, message), int(str(config["shard"])), int(str(config["shards"])))
-    return _reply(message, metrics=sums)
-
-
-def _hello(site: Site, message: Message, context: Context) -> Message:
-    client = _client(context)
-    text = {
-        "fingerprint": site.blueprint.fingerprint.hex(),
-        "examples": len(site.parts[client]),
-        "versions": site.versions,
-    }
-    return _reply(message, text=json.dumps(text), client=str(client))
+    if answers is None:
+        answers = partial(answer, open_site(SiteSettings.from_run_config(contexts[0].run_config)))
+    pairs = zip(messages, contexts, strict=True)
+    asked = {_client(context): message for message, context in pairs}
+    for found in answers([_question(client, message) for client, message in asked.items()]):
+        yield _reply(asked[found.client], found)
 
 
 def _client(context: Context) -> int:
@@ -109,28 +68,20 @@ def _client(context: Context) -> int:
     return int(context.node_config.get("partition-id", 0))
 
 
-def _state(site: Site, message: Message) -> State:
-    blob = message.content.array_records["blob"]["blob"].data
-    return _decoded(blob, site.blueprint)
+def _question(client: int, message: Message) -> Question:
+    content = message.content
+    blob = content.array_records["blob"]["blob"].data if "blob" in content else b""
+    config = content.config_records.get("config", ConfigRecord())
+    scalars = {name: value for name, value in config.items() if isinstance(value, bool | int | float | str)}
+    return Question(client, message.metadata.message_type.removeprefix("query."), blob, scalars)
 
 
-@lru_cache(maxsize=1)
-def _decoded(blob: bytes, blueprint: Blueprint) -> State:
-    """All clients of a round get the same bytes; read them once."""
-    return decode_state(blob, blueprint)
-
-
-def _reply(
-    message: Message,
-    *,
-    blob: bytes = b"",
-    metrics: dict[str, Any] | None = None,
-    text: str = "",
-    client: str = "",
-) -> Message:
-    content = RecordDict({"text": ConfigRecord({"text": text, "client": client})})
-    if metrics is not None:
-        content["metrics"] = MetricRecord(metrics)
-    if blob:
-        content["blob"] = ArrayRecord({"blob": Array("uint8", (len(blob),), "fedvb", blob)})
+def _reply(message: Message, found: Answer) -> Message:
+    if found.error:
+        return Message(Error(CLIENT_APP_RAISED, found.error), reply_to=message)
+    content = RecordDict({"text": ConfigRecord({"text": found.text, "client": str(found.client)})})
+    if found.metrics:
+        content["metrics"] = MetricRecord(dict(found.metrics))
+    if found.blob:
+        content["blob"] = ArrayRecord({"blob": Array("uint8", (len(found.blob),), "fedvb", found.blob)})
     return Message(content, reply_to=message)

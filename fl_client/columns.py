@@ -95,13 +95,13 @@ def find_roles(
 def _classification(found: Sequence[str], where: str, text: tuple[str, ...], label: str, group: str) -> Roles:
     label = label or _usual(found, LABEL, text)
     if not label:
-        raise DataError(f"{where}: found no label column among {_listed(found)}; name it with label_column")
+        raise DataError(f"{where}: found no label column among {_listed(found)}; name it with --label-column")
     text = text or _texts(found, label)
     rest = [name for name in found if name not in (label, group)]
     if not text and len(rest) == 1:
         text = (rest[0],)
     if not text:
-        raise DataError(f"{where}: found no text column among {_listed(found)}; name it with text_column")
+        raise DataError(f"{where}: found no text column among {_listed(found)}; name it with --text-column")
     return Roles(text, label=label, group=group)
 
 
@@ -115,7 +115,7 @@ def _causal(found: Sequence[str], where: str, text: tuple[str, ...], completion:
     if not text:
         raise DataError(
             f"{where}: found neither a text column nor a prompt and a completion among {_listed(found)}; "
-            "name them with text_column and label_column"
+            "name them with --text-column and --label-column"
         )
     given = completion if completion not in text else ""
     return Roles(text, completion=given, group=group)
@@ -132,7 +132,7 @@ def _guess_task(found: Sequence[str], where: str, text: tuple[str, ...], label: 
     if not text and completion and _prompts(found, completion):
         raise DataError(
             f"{where}: could be classification (label {label!r}) or causal-lm (completion {completion!r}); "
-            "say which with task"
+            "say which with --task"
         )
     return "classification"
 

@@ -6,13 +6,16 @@ import importlib.metadata
 import platform
 from functools import lru_cache
 
+import numpy as np
 import torch
 
-from fl_client.base import find_device, load_base
+from fl_client.base import find_device, load_base, longest_text
+from fl_client.batches import Examples
+from fl_client.cohort import CohortSizer
 from fl_client.partition import parse_partition, partition
 from fl_client.settings import SiteSettings
 from fl_client.site import Site
-from fl_client.tables import Corpus, load_corpus
+from fl_client.tables import Corpus, Table, load_corpus
 from fl_client.tasks import CausalLM, Classification, Task
 from vblora.model import AdaptedModel, describe_base, find_head, find_linears
 from vblora.spec import Blueprint
@@ -44,9 +47,8 @@ def open_site(settings: SiteSettings) -> Site:
     )
     parts = partition(corpus.train, data.partition, data.clients, data.seed)
     task: Task = Classification(corpus.labels) if corpus.labels else CausalLM()
-    base = load_base(
-        settings.model, corpus.labels, find_device(settings.device), dtype=settings.dtype, seed=data.seed
-    )
+    device = find_device(settings.device)
+    base = load_base(settings.model, corpus.labels, device, dtype=settings.dtype, seed=data.seed)
     linears = find_linears(base.model, settings.adapter.target_modules)
     blueprint = Blueprint(
         spec=settings.adapter.spec(linears, data.seed),
@@ -61,10 +63,21 @@ def open_site(settings: SiteSettings) -> Site:
         task=task,
         train=task.encode(base.tokenizer, corpus.train, data.max_length),
         parts=tuple(parts),
-        test=task.encode(base.tokenizer, corpus.test, data.max_length),
+        test=task.encode(
+            base.tokenizer, _sample(corpus.test, data.eval_examples, data.seed), data.max_length
+        ),
         pad=base.pad,
+        sizer=CohortSizer(device, settings.cohort),
         versions=_versions(corpus),
     )
+
+
+def _sample(table: Table, count: int, seed: int) -> Table:
+    """`count` rows drawn from the seed, in their order; all where count is 0."""
+    if not count or count >= len(table):
+        return table
+    drawn = np.random.default_rng(seed).choice(len(table), count, replace=False)
+    return table.take(np.sort(drawn).tolist())
 
 
 def _versions(corpus: Corpus) -> dict[str, str]:

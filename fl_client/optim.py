@@ -1,4 +1,4 @@
-"""AdamW over the stacked tensors of C clients: each client has its own rates, clipping, and number of steps."""
+"""AdamW over the stacked tensors of C clients: each is clipped, and may stop, by itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["AdamW"]
 
 @dataclass
 class AdamW:
-    """Adam with decoupled weight decay (arXiv 1711.05101), as `torch.optim.AdamW` computes it, for tensors (C, ...).
+    """AdamW (arXiv 1711.05101), as `torch.optim.AdamW` computes it, for tensors (C, ...).
 
     Weight decay is 0 and cannot be set: on a bank or its logits it would move what was never touched.
 
@@ -42,7 +42,8 @@ class AdamW:
         Args:
             tensors: (C, ...) by name.
             gradients: the same shapes.
-            active: (C,) bool, clients that take this step; None for all. Clients may end early, not start late.
+            active: (C,) bool, clients that take this step; None for all. Clients may end early, not start
+                late.
         """
         self._step += 1
         beta1, beta2 = self.betas
@@ -52,8 +53,9 @@ class AdamW:
             gradient = gradients[name] if scale is None else gradients[name] * _as(scale, tensor)
             if active is not None:
                 gradient = gradient * _as(active, tensor)
-            first = self._first.setdefault(name, torch.zeros_like(tensor))
-            second = self._second.setdefault(name, torch.zeros_like(tensor))
+            if name not in self._first:
+                self._first[name], self._second[name] = torch.zeros_like(tensor), torch.zeros_like(tensor)
+            first, second = self._first[name], self._second[name]
             first.lerp_(gradient, 1 - beta1)
             second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             rate = self.rates[name] / (1 - beta1**self._step)
@@ -64,7 +66,7 @@ class AdamW:
                 tensor.sub_(change * (rate * _as(active, tensor)))
 
     def widen(self, name: str, count: int) -> None:
-        """Append `count` places to the last axis of a tensor's moments: zero, as for numbers that were never touched."""
+        """Append `count` places to the last axis of a tensor's moments: zero, as never touched."""
         for moments in (self._first, self._second):
             if name in moments:
                 moments[name] = functional.pad(moments[name], (0, count))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from fl_client.hazards import HazardSettings
 from fl_client.train import LocalSettings
 from vblora.errors import ConfigError, raise_faults
 from vblora.spec import (
@@ -22,6 +23,7 @@ from vblora.spec import (
 __all__ = ["AdapterSettings", "DataSettings", "SiteSettings", "from_config"]
 
 TASKS = ("auto", "classification", "causal-lm")
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 Settings = TypeVar("Settings")
 
 
@@ -34,6 +36,7 @@ class DataSettings:
         task: classification, causal-lm, or auto: what the columns suggest.
         text_column, label_column: names, where the usual ones do not fit.
         eval_split: splits that the score is taken on, such as "dev" or "dev+test"; "" takes the first of dev, test.
+        eval_examples: held-out texts at most, drawn from the seed; 0 is all.
         max_examples: training texts at most; 0 is all, or 4,000 docstrings (reading them all takes a minute).
         max_length: tokens of a text at most.
         partition: iid, dirichlet:ALPHA or by:COLUMN.
@@ -46,6 +49,7 @@ class DataSettings:
     text_column: str = ""
     label_column: str = ""
     eval_split: str = ""
+    eval_examples: int = 0
     max_examples: int = 0
     max_length: int = 128
     partition: str = "dirichlet:0.5"
@@ -60,8 +64,9 @@ class DataSettings:
             yield "no data named; expected docstrings, a file, a folder or a hub id"
         if self.task not in TASKS:
             yield f"task is {self.task!r}, expected one of {', '.join(TASKS)}"
-        if self.max_examples < 0:
-            yield f"max-examples is {self.max_examples}, expected 0 (all) or more"
+        for name in ("eval_examples", "max_examples"):
+            if getattr(self, name) < 0:
+                yield f"{name.replace('_', '-')} is {getattr(self, name)}, expected 0 (all) or more"
         if self.max_length < 2:
             yield f"max-length is {self.max_length}, expected at least 2"
         if self.clients < 1:
@@ -121,7 +126,15 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class SiteSettings:
-    """Everything that one process needs to serve its clients; equal settings share one loaded model."""
+    """Everything that one process needs to serve its clients; equal settings share one loaded model.
+
+    Attributes:
+        model: minilm, a hub id, or a local folder.
+        device: auto, cpu, cuda, ...
+        dtype: of the base; auto, or a name of torch's.
+        cohort: clients trained in one forward; 0 leaves it to be chosen.
+        data, adapter, local, hazards: see there.
+    """
 
     model: str = "minilm"
     device: str = "auto"
@@ -130,6 +143,16 @@ class SiteSettings:
     data: DataSettings = field(default_factory=DataSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     local: LocalSettings = field(default_factory=LocalSettings)
+    hazards: HazardSettings = field(default_factory=HazardSettings)
+
+    def __post_init__(self) -> None:
+        raise_faults("site", self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        if not self.model:
+            yield "model is empty, expected minilm, a hub id or a local folder"
+        if self.cohort < 0:
+            yield f"cohort is {self.cohort}, expected 1 or more, or 0 to choose it"
 
     @classmethod
     def from_run_config(cls, config: Mapping[str, Any]) -> SiteSettings:
@@ -144,6 +167,7 @@ class SiteSettings:
             "data": DataSettings,
             "adapter": AdapterSettings,
             "local": LocalSettings,
+            "hazards": HazardSettings,
         }
         renamed = {**config, "steps": config.get("local-steps", LocalSettings.steps)}
         for name, kind in kinds.items():
@@ -151,13 +175,36 @@ class SiteSettings:
                 parts[name] = from_config(kind, renamed)
             except ConfigError as error:
                 faults.append(str(error))
+        try:
+            site = cls(**_values(cls, config))
+        except ConfigError as error:
+            faults.append(str(error))
         if faults:
             raise ConfigError("; ".join(faults))
-        own = {name: config[name] for name in ("model", "device", "dtype", "cohort") if name in config}
-        return cls(**own, **parts)
+        return replace(site, **parts)
 
 
 def from_config(kind: type[Settings], config: Mapping[str, Any]) -> Settings:
     """Build a settings dataclass from the keys of a flat config that are its fields, written with dashes."""
-    names = {entry.name: entry.name.replace("_", "-") for entry in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: config[key] for name, key in names.items() if key in config})
+    return kind(**_values(kind, config))
+
+
+def _values(kind: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass that a config names, each of the type of its default; nested ones are left out.
+
+    Raises:
+        ConfigError: another type. Flower checks the names of `-c "name=value"`, not the values.
+    """
+    values, faults = {}, []
+    for entry in fields(kind):
+        key = entry.name.replace("_", "-")
+        if entry.default is MISSING or key not in config:
+            continue
+        wanted, value = type(entry.default), config[key]
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            faults.append(f"{key} is {value!r}, expected {KINDS[wanted]}")
+        values[entry.name] = value
+    raise_faults("options", faults)
+    return values

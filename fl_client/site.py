@@ -6,13 +6,15 @@ A deployed site serves one client; a simulation's process serves many virtual on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fl_client.batches import Examples, shard
+from fl_client.cohort import CohortSizer
+from fl_client.hazards import Fate
 from fl_client.settings import SiteSettings
 from fl_client.tasks import Task
 from fl_client.train import Job, Trained, evaluate, train_cohort
@@ -37,6 +39,7 @@ class Site:
         parts: rows of `train` by client.
         test: held-out texts.
         pad: token id of padding.
+        sizer: splits clients into cohorts.
         versions: of the libraries and of the data.
     """
 
@@ -47,6 +50,7 @@ class Site:
     parts: tuple[NDArray[np.int64], ...]
     test: Examples
     pad: int
+    sizer: CohortSizer
     versions: dict[str, str]
 
     @property
@@ -68,10 +72,15 @@ class Site:
             }
         )
 
+    def fate(self, round_number: int, client: int) -> Fate:
+        """Whether a client takes part in a round, and for how many steps."""
+        steps = self.settings.local.steps
+        return self.settings.hazards.fate(self.settings.data.seed, round_number, client, steps)
+
     def train_clients(
         self,
         state: State,
-        clients: Sequence[int],
+        steps: Mapping[int, int],
         *,
         round_number: int,
         scale: float,
@@ -80,26 +89,34 @@ class Site:
         """Train clients from one state, cohort after cohort, in their order.
 
         The draw of batches depends on (seed, round, client) alone, so the division into cohorts changes no result.
+
+        Args:
+            state: the reference.
+            steps: local steps by client.
+            round_number: names the draw.
+            scale: of the learning rates.
+            on_step: told the steps of each cohort.
         """
-        seed = self.settings.data.seed
-        size = self.settings.cohort or (1 if self.model.device.type == "cpu" else len(clients))
-        for start in range(0, len(clients), size):
-            jobs = [
-                Job(str(client), self.train.take(self.parts[client]), (seed, round_number, client))
-                for client in clients[start : start + size]
-            ]
-            yield from train_cohort(
+
+        def train(clients: Sequence[int]) -> list[Trained]:
+            return train_cohort(
                 self.model,
                 self.task,
                 state,
-                jobs,
+                [self._job(client, steps[client], round_number) for client in clients],
                 self.settings.local,
                 scale=scale,
                 pad=self.pad,
                 on_step=on_step,
             )
 
+        yield from self.sizer.run(list(steps), train)
+
     def evaluate(self, state: State, index: int, shards: int) -> dict[str, float]:
         """Sums of the task's metrics over one of `shards` parts of the held-out texts."""
         rows = shard(len(self.test), index, shards)
         return evaluate(self.model, self.task, state, self.test.take(rows), pad=self.pad)
+
+    def _job(self, client: int, steps: int, round_number: int) -> Job:
+        seed = (self.settings.data.seed, round_number, client)
+        return Job(str(client), self.train.take(self.parts[client]), seed, steps)

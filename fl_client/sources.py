@@ -63,7 +63,7 @@ def read_source(
 def _wanted_splits(eval_split: str) -> tuple[str, ...]:
     names = [name.strip() for name in eval_split.split("+")] if eval_split else []
     if any(name not in EVAL_NAMES for name in names):
-        raise ConfigError(f"eval_split is {eval_split!r}, expected 'dev', 'test', 'dev+test' or ''")
+        raise ConfigError(f"eval-split is {eval_split!r}, expected 'dev', 'test', 'dev+test' or ''")
     return tuple(dict.fromkeys(EVAL_NAMES[name] for name in names))
 
 

@@ -236,7 +236,7 @@ def _labels(train: Table, test: Table, task: Task, where: str) -> tuple[str, ...
         listed = ", ".join(map(repr, unseen[:5])) + (" ..." if len(unseen) > 5 else "")
         raise DataError(
             f"{where} has {len(unseen)} values in the evaluated part that train does not have ({listed}); "
-            "name another column with label_column, or another part with eval_split"
+            "name another column with --label-column, or other files with --eval-split"
         )
     whole = all(re.fullmatch(r"-?\d+", name) for name in names)
     return tuple(sorted(names, key=lambda name: (int(name), name) if whole else (0, name)))

@@ -1,4 +1,4 @@
-"""What a model learns to do: how texts become examples, the loss of each client, and the sums that a score is made of."""
+"""What a model learns to do: how texts become examples, each client's loss, the sums that make a score."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from vblora.errors import DataError
 if TYPE_CHECKING:  # reading tables needs `datasets`; training on tokens does not
     from fl_client.tables import Table
 
-__all__ = ["CausalLM", "Classification", "Task"]
+__all__ = ["SUMS", "CausalLM", "Classification", "Task"]
+
+SUMS = ("eval-examples", "eval-loss-sum", "eval-correct")
 
 
 class Task(Protocol):
@@ -38,7 +40,7 @@ class Task(Protocol):
         """(C,) mean loss of each client's rows, in nats; 0 for a client without rows."""
 
     def sums(self, logits: Tensor, batch: Batch) -> dict[str, float]:
-        """Sums over a batch that add up over batches and clients: `eval-examples`, `eval-loss-sum`, `eval-correct`."""
+        """Sums over a batch, which add up over batches and clients, by the names in `SUMS`."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class CausalLM:
         completions = tokenizer(list(table.completion), add_special_tokens=False)["input_ids"]
         rows, leading = [], []
         for prompt, completion in zip(prompts, completions, strict=True):
-            answer = (completion + end)[: max_length // 2]
-            # The end of a prompt is next to what is asked, so a long prompt loses its beginning.
+            # The answer may fill what the prompt leaves free, and half of the whole in any case. The end of a
+            # prompt is next to what is asked, so a long prompt loses its beginning.
+            answer = (completion + end)[: max(max_length // 2, max_length - len(start) - len(prompt))]
             kept = start + prompt[max(0, len(prompt) - (max_length - len(answer) - len(start))) :]
             rows.append(kept + answer)
             leading.append(len(kept))

@@ -1,4 +1,7 @@
-"""Local training and evaluation of a cohort: C clients in one forward over one frozen base. Alone is a cohort of one."""
+"""Local training and evaluation of a cohort: C clients in one forward over one frozen base.
+
+Alone is a cohort of one.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from fl_client.batches import Examples, collate, plan_round
 from fl_client.optim import AdamW
-from fl_client.tasks import Task
+from fl_client.tasks import SUMS, Task
 from vblora.candidates import CHECK_EVERY
 from vblora.errors import raise_faults
 from vblora.model import AdaptedModel
@@ -45,7 +48,8 @@ class LocalSettings:
     def _faults(self) -> Iterator[str]:
         for name, least in (("steps", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
-                yield f"{name.replace('_', '-')} is {getattr(self, name)}, expected at least {least}"
+                key = "local-steps" if name == "steps" else name.replace("_", "-")
+                yield f"{key} is {getattr(self, name)}, expected at least {least}"
         for name in ("lr_bank", "lr_logits", "lr_rows", "lr_head"):
             if not 0 <= getattr(self, name) <= 10:
                 yield f"{name.replace('_', '-')} is {getattr(self, name)}, expected 0 to 10"
@@ -143,8 +147,8 @@ def train_cohort(
 def evaluate(
     model: AdaptedModel, task: Task, state: State, examples: Examples, *, batch_size: int = 64, pad: int = 0
 ) -> dict[str, float]:
-    """Sums of the task's metrics over `examples` under one state; batches are made by length."""
-    sums: dict[str, float] = {}
+    """Sums of the task's metrics over `examples`, zeros without any, under one state; batched by length."""
+    sums: dict[str, float] = dict.fromkeys(SUMS, 0)
     model.bind(model.load(state))
     try:
         by_length = np.argsort(-examples.lengths, kind="stable")
@@ -152,7 +156,7 @@ def evaluate(
             batch = collate([(examples, by_length[start : start + batch_size])], pad, model.device)
             logits = model(input_ids=batch.tokens, attention_mask=batch.mask).logits
             for name, value in task.sums(logits, batch).items():
-                sums[name] = sums.get(name, 0) + value
+                sums[name] += value
     finally:
         model.unbind()
     return sums
@@ -165,7 +169,7 @@ def _gradients(
     parts: Sequence[tuple[Examples, np.ndarray]],
     pad: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(C,) losses, detached, and the gradient of each tensor. A client's loss depends on its own tensors alone."""
+    """(C,) losses, detached, and each tensor's gradient. A client's loss depends on its own tensors alone."""
     batch = collate(parts, pad, model.device)
     model.bind(tensors)
     try:

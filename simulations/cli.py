@@ -85,7 +85,8 @@ def simulate(
         str, typer.Option(help="Held-out files to score on: dev, test, dev+test.", rich_help_panel="Data")
     ] = "",
     max_examples: Annotated[
-        int, typer.Option(help="Training texts at most; 0 is all, or 4,000 docstrings.", rich_help_panel="Data")
+        int,
+        typer.Option(help="Training texts at most; 0 is all, or 4,000 docstrings.", rich_help_panel="Data"),
     ] = 0,
     max_length: Annotated[int, typer.Option(help="Tokens of a text at most.", rich_help_panel="Data")] = 128,
     partition: Annotated[
@@ -103,6 +104,15 @@ def simulate(
     eval_every: Annotated[
         int, typer.Option(help="Rounds between evaluations.", rich_help_panel="Federation")
     ] = 1,
+    eval_examples: Annotated[
+        int, typer.Option(help="Held-out texts to score on at most; 0 is all.", rich_help_panel="Federation")
+    ] = 0,
+    dropout: Annotated[
+        float, typer.Option(help="Chance that a drawn client never answers.", rich_help_panel="Federation")
+    ] = 0.0,
+    stragglers: Annotated[
+        float, typer.Option(help="Chance that one is stopped early.", rich_help_panel="Federation")
+    ] = 0.0,
     adapter: Annotated[str, typer.Option(help="vblora or lora.", rich_help_panel="Adapter")] = "vblora",
     rank: Annotated[
         int, typer.Option(help="r; 0 chooses 4 (vblora) or 8 (lora).", rich_help_panel="Adapter")
@@ -150,6 +160,9 @@ def simulate(
     cohort: Annotated[
         int, typer.Option(help="Clients trained in one forward; 0 chooses.", rich_help_panel="Run")
     ] = 0,
+    workers: Annotated[
+        int, typer.Option(help="Processes; 0 is one a GPU.", rich_help_panel="Run")
+    ] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Run directory; default runs/NAME.", rich_help_panel="Run")
     ] = None,
@@ -173,7 +186,7 @@ def simulate(
     from simulations.config import default_config
     from simulations.simulate import free_run_directory, resumed_config
 
-    given = {name.replace("_", "-"): value for name, value in context.params.items()}
+    given = {name.replace("_", "-"): value for name, value in context.params.items() if name != "workers"}
     if resume:
         if out is None:
             raise ConfigError("--resume: which run? name it with --out runs/NAME")
@@ -181,7 +194,7 @@ def simulate(
     else:
         config = default_config() | given | {"resume": False}
         config["out"] = str(out or free_run_directory(RUNS, config))
-    _run(config)
+    _run(config, workers)
 
 
 @app.command()
@@ -215,7 +228,7 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _run(config: dict[str, Any]) -> None:
+def _run(config: dict[str, Any], workers: int) -> None:
     from simulations.progress import Display
     from simulations.report import summary_table
     from simulations.simulate import prepare, simulate
@@ -225,7 +238,7 @@ def _run(config: dict[str, Any]) -> None:
         site = prepare(config)
     _describe(site, config)
     with Display(console) as display:
-        summary = simulate(config, display, display.on_step)
+        summary = simulate(config, display, display.on_step, workers)
     console.print(summary_table(summary, out))
     console.print(f"plot: {out / 'score.png'}", markup=False, soft_wrap=True)
 
@@ -256,7 +269,7 @@ def _on_command_line(context: typer.Context) -> dict[str, Any]:
     return {
         name.replace("_", "-"): value
         for name, value in context.params.items()
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if name != "workers" and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     }
 
 

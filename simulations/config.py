@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from fl_client.hazards import HazardSettings
 from fl_client.partition import parse_partition
 from fl_client.settings import AdapterSettings, DataSettings, SiteSettings
 from fl_client.train import LocalSettings
@@ -28,7 +29,7 @@ def default_config() -> Config:
         item.name: item.default for item in fields(SiteSettings) if item.name in ("model", "device", "dtype")
     }
     flat: Config = {**site, "cohort": SiteSettings.cohort}  # type: ignore[dict-item]
-    for kind in (DataSettings, AdapterSettings, LocalSettings, ServerSettings):
+    for kind in (DataSettings, AdapterSettings, LocalSettings, HazardSettings, ServerSettings):
         for item in fields(kind):
             name = (
                 "local-steps"

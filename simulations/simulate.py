@@ -10,7 +10,7 @@ from typing import Any
 
 from flwr.app import Context, Message
 
-from fl_client.app import handle
+from fl_client.app import Answers, handle
 from fl_client.opening import open_site
 from fl_client.site import OnStep, Site
 from fl_server.app import app as server_app
@@ -19,6 +19,7 @@ from fl_server.observer import Observer
 from simulations.config import Config, check_config, load_config, save_config
 from simulations.grid import InProcessGrid, run_server_app
 from simulations.report import plot_score
+from simulations.workers import Workers, count_workers
 from vblora.errors import ConfigError
 
 __all__ = ["free_run_directory", "prepare", "resumed_config", "simulate"]
@@ -38,9 +39,15 @@ def prepare(config: Config) -> Site:
 
 
 def simulate(
-    config: Config, observer: Observer | None = None, on_step: OnStep | None = None
+    config: Config, observer: Observer | None = None, on_step: OnStep | None = None, workers: int = 1
 ) -> dict[str, Any]:
     """Train, and leave a finished run directory: config, history, checkpoints, adapter, plot, summary.
+
+    Args:
+        config: as `default_config`, with `out`.
+        observer: told what happens in the rounds; None lets the server log.
+        on_step: told the local steps in this process.
+        workers: processes; 0 is one a GPU.
 
     Returns:
         The content of `summary.json`.
@@ -49,11 +56,13 @@ def simulate(
         FedVBError: the run cannot start or go on; what is on disk can be resumed.
         KeyboardInterrupt: after the last finished round is on disk.
     """
-    prepare(config)
+    site = prepare(config)
     out = Path(str(config["out"]))
     save_config(out, config)
-    grid = InProcessGrid(partial(_handle, on_step=on_step), int(config["clients"]), config, observer)
-    run_server_app(server_app, grid, config)
+    with Workers(site, count_workers(workers, site.model.device)) as pool:
+        handle_all = partial(_handle, answers=partial(pool.answer, on_step=on_step))
+        grid = InProcessGrid(handle_all, int(config["clients"]), config, observer)
+        run_server_app(server_app, grid, config)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     plot_score([out], out / "score.png")
     return summary
@@ -99,5 +108,5 @@ def free_run_directory(root: Path, config: Config) -> Path:
     return next(path for path in names if not path.exists())
 
 
-def _handle(messages: list[Message], contexts: list[Context], *, on_step: OnStep | None) -> Iterator[Message]:
-    return handle(messages, contexts, on_step)
+def _handle(messages: list[Message], contexts: list[Context], *, answers: Answers) -> Iterator[Message]:
+    return handle(messages, contexts, answers)

@@ -1,12 +1,13 @@
 """Compacted logits: of each row's h logits only those that can take part, exactly.
 
-Untouched logits keep their seeded values, and these fall strictly along the row's seeded order. So beyond some place p
-(`reach`) every logit is a seeded one, and while p + k <= W the k largest of the first W places are the k largest of all h.
-One step touches at most k new places of a row, the next ones of its order. Hence: check every `CHECK_EVERY` steps, with
-room for the steps between, and a dense (S, h) is never built.
+Untouched logits keep their seeded values, and these fall strictly along the row's seeded order. So beyond
+some place p (`reach`) every logit is a seeded one, and while p + k <= W the k largest of the first W places
+are the k largest of all h. One step touches at most k new places of a row, the next ones of its order. Hence:
+check every `CHECK_EVERY` steps, with room for the steps between, and a dense (S, h) is never built.
 
-All logits lie in one flat tensor (C, N): first W0 places of every row, then the further places of the few rows that outgrew
-them, appended as they grow. The flat index of a logit is its slot. The order is the same for all clients of a cohort.
+All logits lie in one flat tensor (C, N): first W0 places of every row, then the further places of the few
+rows that outgrew them, appended as they grow. The flat index of a logit is its slot. The order is the same
+for all clients of a cohort.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Tier:
-    """Rows that outgrew the first width. rows (n,) int64; slots (n, W) int64, one for each of their first W places."""
+    """Rows that outgrew the first width: rows (n,) int64; slots (n, W) int64 of their first W places."""
 
     rows: Tensor
     slots: Tensor
@@ -56,7 +57,8 @@ class Candidates:
     """Which logits are held, for all rows of one adapter.
 
     Attributes:
-        order: (N,) int32, the bank vector that each slot scores.
+        width: W0, places held of every row.
+        order: (N,) int16 or int32, the bank vector that each slot scores.
         reach: (S,) int64, places of a row from which on every logit of every client is a seeded one.
     """
 
@@ -65,21 +67,20 @@ class Candidates:
         self.rows = rows
         self.width = min(spec.num_vectors, max(width, spec.topk * (CHECK_EVERY + 2)))
         everything = np.arange(rows)
-        order = seeded.order(spec.seed, everything, spec.num_vectors, self.width)
-        self.order = torch.from_numpy(order).flatten().to(device)
+        self.order = self._drawn_order(everything, slice(0, self.width)).to(device)
         self._seeds = seeded.values(spec.seed, everything, spec.num_vectors, self.width, spec.init_std)
-        self._start_order = self.order
         self._tiers: list[Tier] = []
         self.reach = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def start(self, topk: TopK) -> Tensor:
-        """Logits that stand for a selection: the seeds, with the chosen k lifted above the others. Shape (N,) float32.
+        """Logits that stand for a selection: the seeds, the chosen k lifted above the others. (N,) float32.
 
-        The lowest chosen logit comes to `margin` above the best that is not chosen, or keeps its seed where that is higher;
-        the gaps place the others above it. Places beyond the chosen keep their seeds, which is what keeps the order exact.
+        The lowest chosen logit comes to `margin` above the best that is not chosen, or keeps its seed where
+        that is higher; the gaps place the others above it. Places beyond the chosen keep their seeds, which
+        keeps the order exact. Logits from an earlier start are void.
         """
         device = self.order.device
-        self.order, self._tiers = self._start_order, []
+        self.order, self._tiers = self.order[: self.rows * self.width], []
         self.reach = torch.from_numpy(topk.positions.max(axis=1).astype(np.int64) + 1).to(device)
         flat = torch.from_numpy(self._seeds.copy()).flatten().to(device)
         flat = torch.cat([flat, *self.grow()])
@@ -88,9 +89,16 @@ class Candidates:
         return flat
 
     def select(self, logits: Tensor) -> Selection:
-        """Choose the k largest of each row. logits: (C, N), any float dtype. Not differentiable."""
+        """Choose the k largest of each row. logits: (C, N), any float dtype. Not differentiable.
+
+        A row that holds a NaN names place 0 k times: it makes no row grow, and no check lets it pass.
+        """
         logits = logits.detach()
         clients, first = len(logits), self.rows * self.width
+        if logits.shape[1] != len(self.order):
+            raise ValueError(
+                f"logits have {logits.shape[1]} slots, expected {len(self.order)}: another start?"
+            )
         places = _largest(logits[:, :first].view(clients, self.rows, self.width), self.spec.topk)
         slots = places + torch.arange(0, first, self.width, device=places.device).view(1, -1, 1)
         for tier in self._tiers:
@@ -104,8 +112,8 @@ class Candidates:
         """Make room for the next `CHECK_EVERY` selections where a row is short of it.
 
         Returns:
-            Seeded logits (n,) to append to the flat logits, in order; empty where nothing grew. Optimiser moments of
-            appended logits are zero, which is what they would be had the logits been there all along.
+            Seeded logits (n,) to append to the flat logits, in order; empty where nothing grew. Optimiser
+            moments of appended logits are zero: what they would be had the logits been there all along.
         """
         appended = []
         while len(short := self._short_rows()):
@@ -138,10 +146,15 @@ class Candidates:
         self._tiers = [Tier(t.rows[keep], t.slots[keep]) for t, keep in kept if keep.any()]
         self._tiers.append(Tier(rows, torch.cat([held, fresh], dim=1)))
         names = rows.cpu().numpy()
-        order = seeded.order(spec.seed, names, spec.num_vectors, wider)[:, width:]
+        self.order = torch.cat([self.order, self._drawn_order(names, slice(width, wider)).to(device)])
         seeds = seeded.values(spec.seed, names, spec.num_vectors, wider, spec.init_std)[:, width:]
-        self.order = torch.cat([self.order, torch.from_numpy(order.copy()).flatten().to(device)])
         return torch.from_numpy(seeds.copy()).flatten().to(device)
+
+    def _drawn_order(self, rows: NDArray[np.int64], places: slice) -> Tensor:
+        """Bank vectors at `places` of `rows`, flat, in as few bytes as h allows."""
+        drawn = seeded.order(self.spec.seed, rows, self.spec.num_vectors, places.stop)[:, places]
+        kind = np.int16 if self.spec.num_vectors <= 1 << 15 else np.int32
+        return torch.from_numpy(drawn.astype(kind)).flatten()
 
     def _slots_of(self, places: Tensor, rows: Tensor | None = None) -> Tensor:
         """(n, m) slots of places (n, m) of `rows` (all rows when None)."""
@@ -160,13 +173,14 @@ def _largest(values: Tensor, k: int) -> Tensor:
 
     `torch.topk` promises nothing about ties; k passes of maximum and first match do, on every device.
     """
-    places = torch.arange(values.shape[-1], device=values.device)
-    beyond = values.shape[-1] - 1  # a row of NaN matches nothing; keep the index inside, the loss will tell
+    width = values.shape[-1]
+    places = torch.arange(width, device=values.device)
     values = values.clone()
     found = []
     for _ in range(k):
         best = values.amax(dim=-1, keepdim=True)
-        place = torch.where(values == best, places, beyond).amin(dim=-1, keepdim=True)
+        place = torch.where(values == best, places, width).amin(dim=-1, keepdim=True)
+        place %= width  # a row with a NaN matches nothing
         values.scatter_(-1, place, -torch.inf)
         found.append(place)
     return torch.cat(found, dim=-1)
@@ -191,8 +205,21 @@ def anchored(spec: VBLoRASpec, seeds: Floats, topk: TopK) -> Floats:
     lowest = np.take_along_axis(seeds, np.minimum(last, seeds.shape[1] - 1), axis=1)
     if spec.topk < spec.num_vectors:
         missing = _first_missing(topk.positions)[:, None]
-        # A chosen place beyond the first missing one has a seed below it, so its own seed never decides there.
+        # A chosen place beyond the first missing one has a seed below it: its own never decides there.
         own = np.where(last < missing, lowest, np.float32(-np.inf))
         lowest = np.maximum(own, np.take_along_axis(seeds, missing, axis=1) + np.float32(spec.margin))
     spans = np.concatenate([np.zeros((len(topk.gaps), 1), np.float32), topk.gaps], axis=1)
-    return np.asarray(lowest + (spans[:, -1:] - spans), np.float32)
+    return _untied(lowest + (spans[:, -1:] - spans), topk.positions)
+
+
+def _untied(logits: Floats, positions: NDArray[np.int32]) -> Floats:
+    """`logits` (S, k), first the largest, moved apart by one step of float32 where a tie would change that.
+
+    Rounding ties logits whose gap is small against their level, and of a tie the lower place comes first.
+    """
+    for turn in range(logits.shape[1] - 2, -1, -1):
+        later = logits[:, turn + 1]
+        above = np.nextafter(later, np.float32(np.inf))
+        least = np.where(positions[:, turn] > positions[:, turn + 1], above, later)
+        logits[:, turn] = np.maximum(logits[:, turn], least)
+    return logits

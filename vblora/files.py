@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 from vblora.errors import ModelError, RunError
 from vblora.spec import Blueprint
-from vblora.state import State, TopK
+from vblora.state import State, TopK, content_faults
 
 __all__ = ["load_state", "save_state", "write_atomic"]
 
@@ -52,6 +52,7 @@ def save_state(path: Path, state: State, blueprint: Blueprint) -> None:
         "version": str(state.version),
         "digest": state.digest.hex(),
         "blueprint": blueprint.to_json(),
+        "fingerprint": blueprint.fingerprint.hex(),
     }
     write_atomic(path, save(tensors, metadata))
 
@@ -71,9 +72,12 @@ def load_state(path: Path) -> tuple[State, Blueprint]:
         blueprint = Blueprint.from_json(metadata["blueprint"])
         topk = TopK(tensors.pop("positions"), tensors.pop("gaps")) if "positions" in tensors else None
         state = State(int(metadata["version"]), tensors, topk)
-        intact = state.digest.hex() == metadata["digest"]
-    except (OSError, SafetensorError, KeyError, ValueError, ModelError) as error:
+        found = state.digest.hex(), blueprint.fingerprint.hex()
+        expected = metadata["digest"], metadata["fingerprint"]
+    except (OSError, SafetensorError, KeyError, ValueError, OverflowError, ModelError) as error:
         raise RunError(f"{path}: not a readable state file ({error})") from error
-    if not intact:
+    if found != expected:
         raise RunError(f"{path}: content does not match its digest; the file is damaged")
+    if faults := list(content_faults(state.dense, state.topk, blueprint)):
+        raise RunError(f"{path}: not a state of its own adapter: {'; '.join(faults)}")
     return state, blueprint

@@ -1,4 +1,4 @@
-"""The two layers that an adapted model is made of. They hold no parameters: factors are bound before each forward."""
+"""The two layers that an adapted model is made of. They own no parameters: factors are bound before use."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["AdaptedLinear", "HeadLinear"]
 class AdaptedLinear(nn.Module):
     """A frozen linear layer plus the low-rank path of C clients: `y = W x + s B A x`.
 
-    The input's first axis holds the clients' batches one after another, (C * n, ..., in); each client's part meets its own
-    factors. Without bound factors it is the frozen layer.
+    The input's first axis holds the clients' batches one after another, (C * n, ..., in); each client's part
+    meets its own factors. Without bound factors it is the frozen layer.
 
     Attributes:
         base: the frozen layer, any module from (..., in) to (..., out).

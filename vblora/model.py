@@ -1,4 +1,4 @@
-"""Put an adapter into a base model: find the layers, describe them, and run the model with C clients' tensors."""
+"""Put an adapter into a base model: find the layers, describe them, run the model with C clients' tensors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def find_linears(base: nn.Module, targets: str = ALL_LINEAR) -> tuple[Linear, ..
 
     Args:
         base: the model.
-        targets: "all-linear" (every linear layer but the head and the output embedding), or names separated by
-            commas; a name fits a layer that is called so or ends in it after a dot, as in PEFT.
+        targets: "all-linear" (every linear layer but the head and the output embedding), or names separated
+            by commas; a name fits a layer that is called so or ends in it after a dot, as in PEFT.
 
     Raises:
         ModelError: a name fits no linear layer.
@@ -63,7 +63,8 @@ def find_head(base: nn.Module) -> tuple[HeadTensor, ...]:
     for name, module in _head_modules(base).items():
         if not isinstance(module, nn.Linear):
             raise ModelError(
-                f"task head: {name} is a {type(module).__name__}; only linear layers can be trained beside the adapter"
+                f"task head: {name} is a {type(module).__name__}; "
+                "only linear layers can be trained beside the adapter"
             )
         tensors += [
             HeadTensor(f"{name}.{key}", tuple(value.shape))
@@ -88,6 +89,9 @@ class AdaptedModel:
 
     The base's modules are wrapped where they stand; its own parameters are frozen and never change.
 
+    Raises:
+        ModelError: the base lacks a layer that the blueprint names, or has it in another size.
+
     Attributes:
         base: the wrapped model, in evaluation mode (dropout off).
         blueprint: what the tensors mean.
@@ -95,6 +99,8 @@ class AdaptedModel:
     """
 
     def __init__(self, base: nn.Module, blueprint: Blueprint) -> None:
+        if faults := list(_misfits(base, blueprint)):
+            raise ModelError("base model does not fit the adapter: " + "; ".join(faults))
         self.base = base.eval().requires_grad_(False)
         self.blueprint = blueprint
         parameter = next(base.parameters())
@@ -113,7 +119,10 @@ class AdaptedModel:
         }
 
     def load(self, state: State, clients: int = 1) -> dict[str, Tensor]:
-        """Leaf tensors (C, ...) of `clients` clients that start from `state`: the source's own, and `head`."""
+        """Leaf tensors (C, ...) of `clients` clients that start from `state`: the source's own, and `head`.
+
+        They void those of the last call.
+        """
         tensors = self.source.load(state, clients)
         if self.blueprint.head_size:
             tensors["head"] = spread(state.dense["head"], clients, self.device)
@@ -146,11 +155,11 @@ class AdaptedModel:
             head.tensors = None
 
     def __call__(self, **inputs: Any) -> Any:
-        """Run the base with the bound factors. Inputs are batches of all clients, one after another: (C * n, ...)."""
+        """Run the base with the bound factors. Inputs are the clients' batches end to end, (C * n, ...)."""
         return self.base(**inputs)
 
     def _factor(self, rows: Tensor, side: int) -> Tensor:
-        """Rows (C, r * m, b) of one factor as (C, r, side); the last of the m sub-vectors is cut at the side's end."""
+        """Rows (C, r * m, b) of one factor as (C, r, side); the last of the m sub-vectors may be cut."""
         return rows.reshape(len(rows), self.blueprint.spec.rank, -1)[..., :side]
 
     def _bind_head(self, flat: Tensor) -> None:
@@ -162,6 +171,21 @@ class AdaptedModel:
             bound.setdefault(layer, {})[key] = piece.view(-1, *tensor.shape)
         for layer, values in bound.items():
             self._heads[layer].tensors = values["weight"], values.get("bias")
+
+
+def _misfits(base: nn.Module, blueprint: Blueprint) -> Iterator[str]:
+    """What the blueprint names and the base has not, layer by layer."""
+    modules = dict(base.named_modules())
+    for linear in blueprint.linears:
+        found = _sides(modules[linear.name]) if linear.name in modules else None
+        if found != (linear.in_features, linear.out_features):
+            what = f"{found[0]} to {found[1]}" if found else "no linear layer"
+            yield f"{linear.name} is {what}, expected {linear.in_features} to {linear.out_features}"
+    parameters = dict(base.named_parameters())
+    for tensor in blueprint.head:
+        shape = tuple(parameters[tensor.name].shape) if tensor.name in parameters else None
+        if shape != tensor.shape:
+            yield f"head tensor {tensor.name} has shape {shape}, expected {tensor.shape}"
 
 
 def _sides(module: nn.Module) -> tuple[int, int] | None:
@@ -179,7 +203,7 @@ def _fits(name: str, target: str) -> bool:
 
 
 def _head_modules(base: nn.Module) -> dict[str, nn.Module]:
-    """Modules with parameters of their own outside the trunk, for models that are a trunk with a task head on it."""
+    """Modules with parameters of their own outside the trunk, where a model is a trunk with a task head."""
     prefix = getattr(base, "base_model_prefix", "")
     if not prefix or not hasattr(base, prefix) or not hasattr(getattr(base, "config", None), "num_labels"):
         return {}

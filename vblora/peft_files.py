@@ -1,7 +1,8 @@
 """PEFT's files: write an adapter that `PeftModel.from_pretrained` loads.
 
-PEFT keeps logits dense, (r, in/b, h) for A and (out/b, r, h) for B, in the bank's own order; `form="topk"` keeps the k
-indices and k - 1 weights instead, from which PEFT can predict but not train on. Our rows of B are stored transposed.
+PEFT keeps logits dense, (r, in/b, h) for A and (out/b, r, h) for B, in the bank's own order; `form="topk"`
+keeps the k indices and k - 1 weights instead, from which PEFT can predict but not train on. Our rows of B are
+stored transposed.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ def export_peft(
     if isinstance(spec, VBLoRASpec):
         if blueprint.cut_rows:
             raise ExportError(
-                f"format peft: {blueprint.cut_rows} rows are cut because vector-length {spec.vector_length} does not "
-                "divide every layer's sides, which PEFT cannot express; train with a vector length that divides"
+                f"format peft: {blueprint.cut_rows} rows are cut because vector-length {spec.vector_length} "
+                "does not divide every layer's sides, and PEFT's format cannot say that; "
+                "train with a vector length that divides"
             )
         tensors = _full_logits(state, blueprint) if form == "full" else _topk_logits(state, blueprint)
         tensors["base_model.vblora_vector_bank"] = state.dense["bank"]

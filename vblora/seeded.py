@@ -1,11 +1,11 @@
 """Initial values that both sides draw instead of sending, equal to the bit on every machine.
 
-Everything comes from a counter-based generator in 64-bit integers: a number depends on (seed, stream, row, place) alone, so
-any part can be drawn at any time. No libm function is called; the normal distribution is a committed table of integers
-(`quantiles.json`, made by `tests/vblora/make_quantiles.py`).
+Everything comes from a counter-based generator in 64-bit integers: a number depends on (seed, stream, row,
+place) alone, so any part can be drawn at any time. No libm function is called; the normal distribution is a
+committed table of integers (`quantiles.json`, made by `tests/vblora/make_quantiles.py`).
 
-The initial logits of a row are h normal numbers. They are drawn sorted: `order` says which bank vector stands at each
-place of the row, and `values` the logit there, strictly falling. Only the first places are ever drawn.
+The initial logits of a row are h normal numbers. They are drawn sorted: `order` says which bank vector stands
+at each place of the row, `values` the logit there, strictly falling. Only the first places are ever drawn.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _keys(seed: int, stream: Stream, index: Ints) -> Words:
 
 
 def uniform(seed: int, stream: Stream, start: int, count: int, bound: float) -> NDArray[np.float32]:
-    """Numbers `start` to `start + count` of a stream, uniform in (-bound, bound) on a grid of 2^24. Shape (count,)."""
+    """Numbers `start` to `start + count` of a stream, uniform in (-bound, bound) on a grid of 2^24."""
     index = np.arange(start, start + count, dtype=np.int64)
     steps = (_keys(seed, stream, index) >> np.uint64(40)).astype(np.int64)
     centred = (2 * steps - (1 << 24) + 1).astype(np.float32)
@@ -80,7 +80,8 @@ def order(seed: int, rows: Ints, num_vectors: int, width: int) -> NDArray[np.int
 def values(seed: int, rows: Ints, num_vectors: int, width: int, std: float) -> NDArray[np.float32]:
     """The `width` largest of h normal numbers of each row, strictly falling. Shape (n, width).
 
-    With E_i exponential, T_j = sum over i <= j of E_i / (h - i) is -log of the j-th largest of h uniform numbers.
+    With E_i exponential, T_j = sum over i <= j of E_i / (h - i), i from 0, is -log of the j-th largest of h
+    uniform numbers.
     """
     left = (num_vectors - np.arange(width)).astype(np.int64)
     out = np.empty((len(rows), width), np.float32)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
-from vblora.errors import ModelError, raise_faults
+from vblora.errors import ConfigError, ModelError, raise_faults
 
 __all__ = [
     "ADAPTERS",
@@ -59,8 +61,8 @@ class HeadTensor:
 class RowSlice:
     """Where one linear's factors lie among the S rows.
 
-    Rows `start:middle` hold A, shape (r, in): row-major, `ceil(in / b)` sub-vectors a row. Rows `middle:stop` hold B
-    transposed, shape (r, out), the same way. The last sub-vector of a row is cut where b does not divide.
+    Rows `start:middle` hold A, shape (r, in): row-major, `ceil(in / b)` sub-vectors a row. Rows `middle:stop`
+    hold B transposed, shape (r, out), the same way. The last sub-vector is cut where b does not divide.
     """
 
     linear: Linear
@@ -87,10 +89,10 @@ class VBLoRASpec:
         rank: r of every pair of factors.
         num_vectors: h, vectors in the bank.
         vector_length: b, length of a vector.
-        topk: k vectors mixed into a row. With k = 1 the selection never changes: softmax of one logit is constant.
+        topk: k vectors mixed into a row. With k = 1 the selection never changes: softmax of one is constant.
         init_std: standard deviation of the initial logits (paper 0.01, PEFT 0.1).
         bank_bound: the bank starts uniform in (-bank_bound, bank_bound).
-        margin: least distance kept between a chosen logit and the best of the others when a state is re-anchored.
+        margin: least distance from a chosen logit to the best of the others when a state is re-anchored.
         seed: of everything that both sides draw instead of sending.
     """
 
@@ -105,7 +107,7 @@ class VBLoRASpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        raise_faults("adapter vblora", self._faults())
+        raise_faults("adapter vblora", list(_kind_faults(self)) or self._faults())
 
     def _faults(self) -> Iterator[str]:
         if not 1 <= self.rank <= 1024:
@@ -117,7 +119,7 @@ class VBLoRASpec:
         if not 1 <= self.topk <= 64:
             yield f"topk (k) is {self.topk}, expected 1 to 64"
         elif self.topk > self.num_vectors >= 1:
-            yield f"topk (k) is {self.topk} but the bank has num-vectors (h) {self.num_vectors}; choose k <= h"
+            yield f"topk (k) is {self.topk}, the bank has num-vectors (h) {self.num_vectors}; choose k <= h"
         if not 0 < self.init_std <= 10:
             yield f"init-std is {self.init_std}, expected above 0, at most 10"
         if not 0 < self.bank_bound <= 10:
@@ -159,7 +161,7 @@ class LoRASpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        raise_faults("adapter lora", self._faults())
+        raise_faults("adapter lora", list(_kind_faults(self)) or self._faults())
 
     def _faults(self) -> Iterator[str]:
         if not 1 <= self.rank <= 1024:
@@ -190,6 +192,15 @@ class LoRASpec:
         return None
 
 
+def _kind_faults(spec: VBLoRASpec | LoRASpec) -> Iterator[str]:
+    """Settings that are not numbers of their kind, such as a rank of 4.5 or of "4"."""
+    for entry in fields(spec):
+        value, whole = getattr(spec, entry.name), isinstance(entry.default, int)
+        if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+            expected = "a whole number" if whole else "a number"
+            yield f"{entry.name.replace('_', '-')} is {value!r}, expected {expected}"
+
+
 AdapterSpec = VBLoRASpec | LoRASpec
 ADAPTERS: Mapping[str, type[VBLoRASpec | LoRASpec]] = {"vblora": VBLoRASpec, "lora": LoRASpec}
 
@@ -217,6 +228,19 @@ class Blueprint:
             raise ModelError(
                 "blueprint: no linear layer to adapt; check --target-modules against the base model"
             )
+        if faults := list(self._faults()):
+            raise ModelError("blueprint: " + "; ".join(faults))
+
+    def _faults(self) -> Iterator[str]:
+        names = [lin.name for lin in self.linears] + [tensor.name for tensor in self.head]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            yield f"{', '.join(twice)} is named twice"
+        for lin in self.linears:
+            if min(lin.in_features, lin.out_features) < 1:
+                yield f"{lin.name} has sides {lin.in_features} and {lin.out_features}, expected 1 or more"
+        for tensor in self.head:
+            if min(tensor.shape, default=1) < 1:
+                yield f"{tensor.name} has shape {tensor.shape}, expected sides of 1 or more"
 
     @cached_property
     def slices(self) -> tuple[RowSlice, ...]:
@@ -273,7 +297,12 @@ class Blueprint:
 
     def to_json(self) -> str:
         """Canonical text form; `from_json` reads it back."""
-        spec = {"kind": self.spec.kind, **asdict(self.spec)}
+        # Of the default's kind, so that alpha 16 and 16.0 are one blueprint.
+        numbers: dict[str, Any] = {
+            entry.name: (int if isinstance(entry.default, int) else float)(getattr(self.spec, entry.name))
+            for entry in fields(self.spec)
+        }
+        spec = {"kind": self.spec.kind, **numbers}
         linears = [[lin.name, lin.in_features, lin.out_features] for lin in self.linears]
         head = [[tensor.name, list(tensor.shape)] for tensor in self.head]
         body = {
@@ -304,14 +333,14 @@ class Blueprint:
                 model=str(body["model"]),
                 labels=tuple(str(label) for label in body["labels"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, ConfigError) as error:
             raise ModelError(f"blueprint: not readable ({type(error).__name__}: {error})") from error
 
 
 def choose_vector_length(linears: Iterable[Linear]) -> int:
     """b when none is given: the largest power of two up to 256 that divides every side, at least 32.
 
-    The paper's ablation peaks at 256 and is flat from 128 to 512. Where even 32 would cut rows, cut them at 64.
+    The paper's ablation peaks at 256 and is flat from 128 to 512. Where even 32 would cut rows, 64 cuts them.
     """
     divisor = math.gcd(*(side for lin in linears for side in (lin.in_features, lin.out_features)))
     fitting = [length for length in (256, 128, 64, 32) if divisor % length == 0]

@@ -1,4 +1,4 @@
-"""The numbers that travel: the reference state that all sides hold, and a client's update against it. NumPy only."""
+"""The numbers that travel: the reference state that all hold, a client's update against it. NumPy only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vblora import seeded
 from vblora.errors import UpdateError
 from vblora.spec import Blueprint, LoRASpec, VBLoRASpec
 
-__all__ = ["State", "TopK", "Update", "check_update", "initial_state", "mixture_weights"]
+__all__ = ["State", "TopK", "Update", "check_update", "content_faults", "initial_state", "mixture_weights"]
 
 Floats = NDArray[np.float32]
 
@@ -39,7 +39,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class State:
-    """The global adapter after `version` rounds, equal to the bit on the server and on every client that holds it.
+    """The global adapter after `version` rounds, equal to the bit on the server and wherever it is held.
 
     Attributes:
         version: rounds aggregated into it; 0 is drawn from the seed.
@@ -110,8 +110,8 @@ def check_update(update: Update, blueprint: Blueprint, state: State) -> None:
     """Refuse what must never reach the mean.
 
     Raises:
-        UpdateError: another reference, a missing or unknown section, a wrong shape, a number that is not finite, an
-            index out of range or twice in a row, gaps out of order, or no examples.
+        UpdateError: another reference, a missing or unknown section, a wrong shape, a number that is not
+            finite, an index out of range or twice in a row, gaps out of order, or no examples.
     """
     if faults := list(_update_faults(update, blueprint, state)):
         raise UpdateError("update: " + "; ".join(faults))
@@ -125,25 +125,31 @@ def _update_faults(update: Update, blueprint: Blueprint, state: State) -> Iterat
         )
     if not 0 < update.examples < 1 << 31:
         yield f"examples is {update.examples}, expected 1 to 2^31 - 1"
+    yield from content_faults(update.dense, update.topk, blueprint)
+
+
+def content_faults(dense: Mapping[str, Floats], topk: TopK | None, blueprint: Blueprint) -> Iterator[str]:
+    """What is wrong with the numbers of a state or an update, in words: sections, shapes, bounds, order."""
     expected = blueprint.dense_shapes
-    if set(update.dense) != set(expected):
-        yield f"sections are {sorted(update.dense)}, expected {sorted(expected)}"
+    if set(dense) != set(expected):
+        yield f"sections are {sorted(dense)}, expected {sorted(expected)}"
         return
-    for name, array in update.dense.items():
+    for name, array in dense.items():
         if array.shape != expected[name]:
             yield f"{name} has shape {array.shape}, expected {expected[name]}"
         elif not np.isfinite(array).all():
             yield f"{name} holds {int((~np.isfinite(array)).sum())} numbers that are not finite"
-    if (update.topk is None) != (blueprint.topk_shape is None):
-        yield "the selection is missing" if update.topk is None else "a selection where none is expected"
-    elif update.topk is not None and blueprint.topk_shape is not None:
-        yield from _topk_faults(update.topk, blueprint.topk_shape)
+    if (topk is None) != (blueprint.topk_shape is None):
+        yield "the selection is missing" if topk is None else "a selection where none is expected"
+    elif topk is not None and blueprint.topk_shape is not None:
+        yield from _topk_faults(topk, blueprint.topk_shape)
 
 
 def _topk_faults(topk: TopK, shape: tuple[int, int, int]) -> Iterator[str]:
     rows, k, h = shape
     if topk.positions.shape != (rows, k) or topk.gaps.shape != (rows, k - 1):
-        yield f"selection has shapes {topk.positions.shape} and {topk.gaps.shape}, expected {(rows, k)}, {(rows, k - 1)}"
+        found = f"{topk.positions.shape} and {topk.gaps.shape}"
+        yield f"selection has shapes {found}, expected {(rows, k)} and {(rows, k - 1)}"
         return
     if topk.positions.size and not 0 <= int(topk.positions.min()) <= int(topk.positions.max()) < h:
         yield f"positions run from {topk.positions.min()} to {topk.positions.max()}, expected 0 to {h - 1}"
@@ -172,7 +178,7 @@ def _initial_lora_rows(spec: LoRASpec, blueprint: Blueprint) -> Floats:
 
 
 def _initial_head(blueprint: Blueprint) -> Floats:
-    """Weights uniform with standard deviation 0.02, biases (one axis) zero, as transformers starts a classifier."""
+    """Weights uniform with standard deviation 0.02, biases (one axis) zero: as transformers starts one."""
     head = np.zeros(blueprint.head_size, np.float32)
     start = 0
     for tensor in blueprint.head:

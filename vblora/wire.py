@@ -6,7 +6,8 @@ All integers are little-endian.
     then for each section: name u8+bytes | encoding u8 | axes u8 | axis u32 ... | length u64 | payload
     then crc32 u32 of all before it
 
-Nothing is allocated from a declared size before it was checked against the blueprint and against the bytes at hand.
+Nothing is allocated from a declared size before it was checked against the blueprint and against the bytes at
+hand.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from vblora.errors import WireError
 from vblora.packing import index_bits, pack_integers, packed_size, unpack_integers
 from vblora.spec import Blueprint
-from vblora.state import State, TopK, Update, initial_state
+from vblora.state import State, TopK, Update, content_faults, initial_state
 
 __all__ = [
     "FORMAT",
@@ -100,7 +101,8 @@ def decode_state(blob: bytes, blueprint: Blueprint) -> State:
     """Read a reference state and check it against the digest that it carries.
 
     Raises:
-        WireError: the blob is damaged, of another adapter, or its content is not what the digest names.
+        WireError: the blob is damaged or of another adapter; its content is not what the digest names, or
+            cannot be a state: a number that is not finite, a selection out of bounds.
     """
     header, sections = _read_for(blob, Kind.STATE, blueprint)
     if header.version == 0 and not sections:
@@ -110,6 +112,8 @@ def decode_state(blob: bytes, blueprint: Blueprint) -> State:
         state = State(header.version, dense, topk)
     if state.digest != header.reference:
         raise WireError(f"state: content has digest {state.digest.hex()}, expected {header.reference.hex()}")
+    if faults := list(content_faults(state.dense, state.topk, blueprint)):
+        raise WireError("state: " + "; ".join(faults))
     return state
 
 
@@ -176,8 +180,9 @@ def _read_for(blob: bytes, kind: Kind, blueprint: Blueprint) -> tuple[Header, li
     if header.kind is not kind:
         raise WireError(f"blob: holds a {header.kind.name.lower()}, expected a {kind.name.lower()}")
     if header.fingerprint != blueprint.fingerprint:
+        found, expected = header.fingerprint.hex()[:12], blueprint.fingerprint.hex()[:12]
         raise WireError(
-            f"blob: made for adapter {header.fingerprint.hex()[:12]}, expected {blueprint.fingerprint.hex()[:12]}; "
+            f"blob: made for adapter {found}, expected {expected}; "
             "base model, targets, rank, h, b, k, seed and labels must be the same on both sides"
         )
     return header, sections

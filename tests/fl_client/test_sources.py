@@ -177,7 +177,7 @@ def test_missing_splits(tmp_path: Path) -> None:
     data = str(_write_splits(tmp_path, "train.csv", "test.csv"))
     with pytest.raises(DataError, match="no split 'dev' to evaluate on; found test, train"):
         read_source(data, "dev")
-    with pytest.raises(ConfigError, match=r"eval_split is 'nightly', expected 'dev', 'test', 'dev\+test'"):
+    with pytest.raises(ConfigError, match=r"eval-split is 'nightly', expected 'dev', 'test', 'dev\+test'"):
         read_source(data, "nightly")
 
 

@@ -1,0 +1,155 @@
+"""Several processes at one simulation: this one and its helpers, one a GPU (or a few on a CPU).
+
+Every process holds its own base model. Questions are handed out in small pieces to whoever is free, so uneven clients do not
+leave a process idle; what a client answers depends on nothing but the question.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from fl_client.opening import open_site
+from fl_client.serve import Answer, Question, answer
+from fl_client.settings import SiteSettings
+from fl_client.site import OnStep, Site
+from vblora.errors import FedVBError, RunError
+
+__all__ = ["Workers", "count_workers"]
+
+Piece = list[Question]
+
+
+def count_workers(asked: int, device: torch.device) -> int:
+    """Processes to use: what was asked for, else one a GPU, else one."""
+    if asked:
+        return asked
+    return torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
+
+
+class Workers:
+    """Answers questions with `count` processes, this one among them. A context manager: leaving it ends the others.
+
+    Raises:
+        RunError: a process died.
+    """
+
+    def __init__(self, site: Site, count: int) -> None:
+        self._site = site
+        self._count = count
+        context = get_context("spawn")  # a forked CUDA or OpenMP runtime does not work
+        threads = max(1, (os.cpu_count() or 1) // count)
+        if count > 1 and site.model.device.type == "cpu":
+            torch.set_num_threads(threads)
+        self._connections: list[Connection] = []
+        self._processes = []
+        for number in range(1, count):
+            ours, theirs = context.Pipe()
+            settings = replace(site.settings, device=_device(site.model.device, number))
+            process = context.Process(target=_serve, args=(theirs, settings, threads), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+        for connection in self._connections:
+            connection.close()
+
+    def answer(self, questions: Sequence[Question], on_step: OnStep | None = None) -> Iterator[Answer]:
+        """As `fl_client.serve.answer`; answers come as they are ready, in any order."""
+        if self._count == 1 or not questions or questions[0].kind in ("hello", "describe"):
+            yield from answer(self._site, questions, on_step)
+            return
+        pieces = deque(self._pieces(questions))
+        ready: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
+        feeders = [
+            threading.Thread(target=_feed, args=(connection, pieces, ready), daemon=True)
+            for connection in self._connections
+        ]
+        for feeder in feeders:
+            feeder.start()
+        while piece := _take(pieces):
+            yield from answer(self._site, piece, on_step)
+            while not ready.empty():
+                yield _checked(ready.get())
+        for feeder in feeders:
+            feeder.join()
+        while not ready.empty():
+            yield _checked(ready.get())
+
+    def _pieces(self, questions: Sequence[Question]) -> Iterator[Piece]:
+        """One client at a time on a CPU; on GPUs an even share each, which is then trained in cohorts."""
+        size = 1 if self._site.model.device.type == "cpu" else -(-len(questions) // self._count)
+        size = self._site.settings.cohort or size
+        return (list(questions[start : start + size]) for start in range(0, len(questions), size))
+
+
+def _device(first: torch.device, number: int) -> str:
+    return f"cuda:{(first.index or 0) + number}" if first.type == "cuda" else str(first)
+
+
+def _take(pieces: deque[Piece]) -> Piece:
+    try:
+        return pieces.popleft()
+    except IndexError:
+        return []
+
+
+def _feed(connection: Connection, pieces: deque[Piece], ready: queue.SimpleQueue[Any]) -> None:
+    """Give pieces to one process until none is left. Runs in a thread."""
+    try:
+        while piece := _take(pieces):
+            connection.send(piece)
+            for found in connection.recv():
+                ready.put(found)
+    except (EOFError, OSError) as error:
+        ready.put(
+            RunError(
+                f"a worker process died ({type(error).__name__}); the round can be resumed with --resume"
+            )
+        )
+
+
+def _checked(found: Answer | BaseException) -> Answer:
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def _serve(connection: Connection, settings: SiteSettings, threads: int) -> None:
+    """The life of a helper process: open the site when first asked, then answer piece after piece."""
+    torch.set_num_threads(threads)
+    answers = partial(answer, on_step=None)
+    try:
+        while True:
+            piece: Piece = connection.recv()
+            try:
+                connection.send(list(answers(open_site(settings), piece)))
+            except FedVBError as error:
+                connection.send([error])
+            except Exception:
+                connection.send([RunError(f"a worker process failed: {traceback.format_exc(limit=-3)}")])
+    except (EOFError, OSError, KeyboardInterrupt):
+        return  # the simulation has ended
