@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -110,8 +109,11 @@ def load_base(
             tokenizer = AutoTokenizer.from_pretrained(source)
             config = AutoConfig.from_pretrained(source, **options)
             loaded = kind.from_pretrained(source, config=config, dtype=_dtype(dtype, device))
-    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    except ConfigError:
+        raise
+    except Exception as error:  # the hub, the network and each architecture raise their own
+        hub_is_off = os.environ.get("HF_HUB_OFFLINE") and not Path(source).is_dir()
+        offline = " (offline: HF_HUB_OFFLINE is set)" if hub_is_off else ""
         raise ModelError(f"--model: {model} cannot be loaded{offline}: {_first_line(error)}") from error
     if (
         not labels and getattr(loaded.config, "is_decoder", True) is False

@@ -22,8 +22,9 @@ LARGEST = 256
 class CohortSizer:
     """Splits clients into cohorts and remembers which size fits.
 
-    On a GPU the first client trains alone, and what it took tells how many fit. A cohort that runs out of memory is
-    trained again in halves; the smaller size is kept. On a CPU, where one client fills the cores, the size is 1.
+    On a GPU the first client trains alone, and what it took tells how many fit. A cohort that runs out of
+    memory is trained again in halves; the smaller size is kept. On a CPU, where one client fills the cores,
+    the size is 1.
     """
 
     def __init__(self, device: torch.device, size: int = 0) -> None:

@@ -8,19 +8,18 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from fl_client.base import find_device, load_base, longest_text
+from fl_client.assembly import Texts, assemble, task_of
+from fl_client.base import Base, find_device, find_model, load_base, longest_text
 from fl_client.batches import Examples
-from fl_client.cohort import CohortSizer
 from fl_client.partition import parse_partition, partition
-from fl_client.settings import SiteSettings
+from fl_client.settings import DataSettings, SiteSettings
 from fl_client.site import Site
 from fl_client.tables import Corpus, Table, load_corpus
-from fl_client.tasks import CausalLM, Classification, Task
-from vblora.model import AdaptedModel, describe_base, find_head, find_linears
-from vblora.spec import Blueprint
+from vblora.errors import ConfigError
 
-__all__ = ["open_site"]
+__all__ = ["open_site", "prepare_texts"]
 
 DOCSTRINGS = 4000
 VERSIONED = ("fed-vblora", "flwr", "torch", "transformers", "datasets", "numpy")
@@ -33,7 +32,21 @@ def open_site(settings: SiteSettings) -> Site:
     Raises:
         DataError, ModelError, ConfigError: what the settings name cannot be used.
     """
-    data = settings.data
+    find_model(settings.model)  # a misspelt name should not wait for the data to be read
+    device = find_device(settings.device)
+    corpus, parts = _dealt(settings.data)
+    base = load_base(settings.model, corpus.labels, device, dtype=settings.dtype, seed=settings.data.seed)
+    return assemble(settings, _tokenised(corpus, parts, base, settings.data), base)
+
+
+def prepare_texts(settings: SiteSettings) -> Texts:
+    """Read, deal and tokenise the data as `open_site` does, for a machine without data libraries."""
+    corpus, parts = _dealt(settings.data)
+    base = load_base(settings.model, corpus.labels, torch.device("cpu"), seed=settings.data.seed)
+    return _tokenised(corpus, parts, base, settings.data)
+
+
+def _dealt(data: DataSettings) -> tuple[Corpus, list[NDArray[np.int64]]]:
     spec = parse_partition(data.partition)
     corpus = load_corpus(
         data.data,
@@ -45,31 +58,22 @@ def open_site(settings: SiteSettings) -> Site:
         max_examples=data.max_examples or (DOCSTRINGS if data.data == "docstrings" else 0),
         seed=data.seed,
     )
-    parts = partition(corpus.train, data.partition, data.clients, data.seed)
-    task: Task = Classification(corpus.labels) if corpus.labels else CausalLM()
-    device = find_device(settings.device)
-    base = load_base(settings.model, corpus.labels, device, dtype=settings.dtype, seed=data.seed)
-    linears = find_linears(base.model, settings.adapter.target_modules)
-    blueprint = Blueprint(
-        spec=settings.adapter.spec(linears, data.seed),
-        linears=linears,
-        head=find_head(base.model),
-        model=describe_base(base.model),
-        labels=corpus.labels,
-    )
-    return Site(
-        settings=settings,
-        model=AdaptedModel(base.model, blueprint),
-        task=task,
-        train=task.encode(base.tokenizer, corpus.train, data.max_length),
-        parts=tuple(parts),
-        test=task.encode(
-            base.tokenizer, _sample(corpus.test, data.eval_examples, data.seed), data.max_length
-        ),
-        pad=base.pad,
-        sizer=CohortSizer(device, settings.cohort),
-        versions=_versions(corpus),
-    )
+    return corpus, partition(corpus.train, data.partition, data.clients, data.seed)
+
+
+def _tokenised(corpus: Corpus, parts: list[NDArray[np.int64]], base: Base, data: DataSettings) -> Texts:
+    task = task_of(corpus.labels)
+    train = task.encode(base.tokenizer, corpus.train, data.max_length)
+    held_out = _sample(corpus.test, data.eval_examples, data.seed)
+    test = task.encode(base.tokenizer, held_out, data.max_length)
+    _require_fit(base, train, test)
+    return Texts(train, tuple(parts), test, corpus.labels, _versions(corpus))
+
+
+def _require_fit(base: Base, *parts: Examples) -> None:
+    most, longest = longest_text(base.model), max(int(part.lengths.max(initial=0)) for part in parts)
+    if most is not None and longest > most:
+        raise ConfigError(f"--max-length: a text has {longest} tokens, the model reads {most}; use {most}")
 
 
 def _sample(table: Table, count: int, seed: int) -> Table:

@@ -35,7 +35,11 @@ class AdamW:
 
     @torch.no_grad()
     def step(
-        self, tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor], active: Tensor | None
+        self,
+        tensors: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        active: Tensor | None,
+        scale: float = 1.0,
     ) -> None:
         """Change `tensors` in place.
 
@@ -44,13 +48,14 @@ class AdamW:
             gradients: the same shapes.
             active: (C,) bool, clients that take this step; None for all. Clients may end early, not start
                 late.
+            scale: of all rates in this step.
         """
         self._step += 1
         beta1, beta2 = self.betas
         root = (1 - beta2**self._step) ** 0.5
-        scale = self._clip(gradients)
+        clipping = self._clip(gradients)
         for name, tensor in tensors.items():
-            gradient = gradients[name] if scale is None else gradients[name] * _as(scale, tensor)
+            gradient = gradients[name] if clipping is None else gradients[name] * _as(clipping, tensor)
             if active is not None:
                 gradient = gradient * _as(active, tensor)
             if name not in self._first:
@@ -58,7 +63,7 @@ class AdamW:
             first, second = self._first[name], self._second[name]
             first.lerp_(gradient, 1 - beta1)
             second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            rate = self.rates[name] / (1 - beta1**self._step)
+            rate = scale * self.rates[name] / (1 - beta1**self._step)
             if active is None:
                 tensor.addcdiv_(first, (second.sqrt() / root).add_(self.epsilon), value=-rate)
             else:

@@ -69,7 +69,10 @@ def read_file(path: Path) -> Frame:
                 **_options(path, suffix),
             )["train"]
         except Exception as error:  # each builder and parser raises its own
-            raise DataError(f"{path}: cannot be read as {suffix[1:]}: {root_cause(error)}") from error
+            cause = root_cause(error)
+            if "corresponds to no data" in cause:  # how `datasets` says that there are no rows
+                raise DataError(f"{path}: the file has no rows") from error
+            raise DataError(f"{path}: cannot be read as {suffix[1:]}: {cause}") from error
     columns = columns_of(loaded)
     return Frame(str(path), _paragraphs(columns["text"][0]) if suffix == ".txt" else columns)
 

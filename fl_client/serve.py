@@ -1,4 +1,4 @@
-"""What a process of clients answers, whoever carries the questions: Flower's app, another process, or a function call."""
+"""What a process of clients answers, whoever carries the questions: Flower, a pipe, a call."""
 
 from __future__ import annotations
 

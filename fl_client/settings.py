@@ -1,4 +1,4 @@
-"""What a site is told: its data, its model, its adapter. Frozen, checked together, read from Flower's flat run config."""
+"""What a site is told: its data, its model, its adapter. Read from Flower's flat run config."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class DataSettings:
         data: "docstrings", a local file or folder, or a hub data set id.
         task: classification, causal-lm, or auto: what the columns suggest.
         text_column, label_column: names, where the usual ones do not fit.
-        eval_split: splits that the score is taken on, such as "dev" or "dev+test"; "" takes the first of dev, test.
+        eval_split: splits that the score is taken on, such as "dev" or "dev+test"; "" takes the first of
+        dev, test.
         eval_examples: held-out texts at most, drawn from the seed; 0 is all.
         max_examples: training texts at most; 0 is all, or 4,000 docstrings (reading them all takes a minute).
         max_length: tokens of a text at most.
@@ -101,7 +102,9 @@ class AdapterSettings:
             yield f"adapter is {self.adapter!r}, expected one of {', '.join(ADAPTERS)}"
         for name in ("rank", "num_vectors", "vector_length"):
             if getattr(self, name) < 0:
-                yield f"{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more, or 0 to choose it"
+                yield f"{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more, or 0 to choose"
+        if not 0 <= self.alpha <= 65536:
+            yield f"alpha is {self.alpha}, expected 0 (twice the rank) to 65536"
         if not self.target_modules.strip():
             yield "target-modules is empty, expected all-linear or layer names"
 
@@ -190,7 +193,8 @@ def from_config(kind: type[Settings], config: Mapping[str, Any]) -> Settings:
 
 
 def _values(kind: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass that a config names, each of the type of its default; nested ones are left out.
+    """The fields of a dataclass that a config names, each of the type of its default; nested ones are left
+    out.
 
     Raises:
         ConfigError: another type. Flower checks the names of `-c "name=value"`, not the values.

@@ -58,7 +58,7 @@ class Site:
         return self.model.blueprint
 
     def describe(self) -> str:
-        """JSON that a server starts a run from: the blueprint, the score's name and sense, the names of model and data."""
+        """JSON that a server starts a run from: blueprint, score, names of model and data."""
         return json.dumps(
             {
                 "blueprint": self.blueprint.to_json(),
@@ -88,7 +88,8 @@ class Site:
     ) -> Iterator[Trained]:
         """Train clients from one state, cohort after cohort, in their order.
 
-        The draw of batches depends on (seed, round, client) alone, so the division into cohorts changes no result.
+        The draw of batches depends on (seed, round, client) alone, so the division into cohorts changes no
+        result.
 
         Args:
             state: the reference.

@@ -220,7 +220,10 @@ def _carve(table: Table, seed: int, where: str) -> tuple[Table, Table]:
         label = np.asarray(table.label)
         held &= np.isin(label, label[~held])
     if not held.any() or held.all():
-        raise DataError(f"{where}: {len(table)} rows are too few to hold some out; add rows or a test file")
+        raise DataError(
+            f"{where}: {len(table)} rows are too few to hold some out (equal texts stay on one side); "
+            "add rows or a test file"
+        )
     return table.take(np.flatnonzero(~held)), table.take(np.flatnonzero(held))
 
 

@@ -31,6 +31,9 @@ class LocalSettings:
         steps: local steps of AdamW; its moments start at zero each round.
         batch_size: texts a step.
         lr_bank, lr_logits, lr_rows, lr_head: learning rates by tensor; `rows` are LoRA's.
+        warmup: share of the steps over which the rates rise: Adam's first steps, of a round too, are all
+        sign and
+            no size.
         clip_norm: largest gradient norm; 0 is off.
     """
 
@@ -40,7 +43,8 @@ class LocalSettings:
     lr_logits: float = 1e-2
     lr_rows: float = 2e-3
     lr_head: float = 1e-2
-    clip_norm: float = 1.0
+    warmup: float = 0.25
+    clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
         raise_faults("local training", self._faults())
@@ -53,8 +57,14 @@ class LocalSettings:
         for name in ("lr_bank", "lr_logits", "lr_rows", "lr_head"):
             if not 0 <= getattr(self, name) <= 10:
                 yield f"{name.replace('_', '-')} is {getattr(self, name)}, expected 0 to 10"
+        if not 0 <= self.warmup <= 1:
+            yield f"warmup is {self.warmup}, expected 0 to 1"
         if not 0 <= self.clip_norm < float("inf"):
             yield f"clip-norm is {self.clip_norm}, expected 0 (off) or more"
+
+    def rise(self, step: int) -> float:
+        """Scale of the rates in a step, counted from 0: rises to 1 over the warm-up."""
+        return min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
 
     def rates(self, scale: float) -> dict[str, float]:
         """Learning rate by tensor name, times the round's scale."""
@@ -130,7 +140,7 @@ def train_cohort(
             for job, plan in zip(jobs, plans, strict=True)
         ]
         losses, gradients = _gradients(model, task, tensors, parts, pad)
-        optimiser.step(tensors, gradients, lengths > step if uneven else None)
+        optimiser.step(tensors, gradients, lengths > step if uneven else None, settings.rise(step))
         total += losses
         if on_step is not None:
             on_step(step + 1, steps)

@@ -1,4 +1,4 @@
-"""The command line, `fedvb`. Each command reads its options, calls one function, and prints what came of it."""
+"""The command line, `fedvb`. Each command reads its options, calls one function, prints what came of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ RUNS = Path("runs")
 app = typer.Typer(
     name="fedvb",
     help="Federated VB-LoRA: fine-tune one language model on the private text of many clients.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -47,9 +46,11 @@ class Form(StrEnum):
     topk = "topk"
 
 
-@app.callback()
-def fedvb() -> None:
+@app.callback(invoke_without_command=True)
+def fedvb(context: typer.Context) -> None:
     """Federated VB-LoRA: fine-tune one language model on the private text of many clients."""
+    if context.invoked_subcommand is None:
+        context.get_help()  # prints it
 
 
 @app.command()
@@ -115,15 +116,29 @@ def simulate(
     ] = 0.0,
     adapter: Annotated[str, typer.Option(help="vblora or lora.", rich_help_panel="Adapter")] = "vblora",
     rank: Annotated[
-        int, typer.Option(help="r; 0 chooses 4 (vblora) or 8 (lora).", rich_help_panel="Adapter")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=1, metavar="INTEGER", help="r; else 4 (vblora) or 8 (lora).", rich_help_panel="Adapter"
+        ),
+    ] = None,
     num_vectors: Annotated[
-        int, typer.Option(help="h, vectors in the bank; 0 chooses.", rich_help_panel="Adapter")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="INTEGER",
+            help="h, vectors in the bank; else by model size.",
+            rich_help_panel="Adapter",
+        ),
+    ] = None,
     vector_length: Annotated[
-        int,
-        typer.Option(help="b, length of a vector; 0 chooses one that divides.", rich_help_panel="Adapter"),
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="INTEGER",
+            help="b, length of a vector; else one that divides.",
+            rich_help_panel="Adapter",
+        ),
+    ] = None,
     topk: Annotated[int, typer.Option(help="k, vectors mixed into a row.", rich_help_panel="Adapter")] = 2,
     target_modules: Annotated[
         str, typer.Option(help="all-linear, or layer names such as query,value.", rich_help_panel="Adapter")
@@ -145,9 +160,12 @@ def simulate(
     lr_head: Annotated[
         float, typer.Option(help="Learning rate of the head.", rich_help_panel="Training")
     ] = 1e-2,
+    warmup: Annotated[
+        float, typer.Option(help="Share of a client's steps to warm up over.", rich_help_panel="Training")
+    ] = 0.25,
     clip_norm: Annotated[
         float, typer.Option(help="Largest gradient norm; 0 is off.", rich_help_panel="Training")
-    ] = 1.0,
+    ] = 0.0,
     schedule: Annotated[
         str, typer.Option(help="Rates over rounds: cosine or constant.", rich_help_panel="Training")
     ] = "cosine",
@@ -160,9 +178,7 @@ def simulate(
     cohort: Annotated[
         int, typer.Option(help="Clients trained in one forward; 0 chooses.", rich_help_panel="Run")
     ] = 0,
-    workers: Annotated[
-        int, typer.Option(help="Processes; 0 is one a GPU.", rich_help_panel="Run")
-    ] = 0,
+    workers: Annotated[int, typer.Option(help="Processes; 0 is one a GPU.", rich_help_panel="Run")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Run directory; default runs/NAME.", rich_help_panel="Run")
     ] = None,
@@ -173,20 +189,25 @@ def simulate(
 ) -> None:
     """Simulate federated fine-tuning with N virtual clients on this machine.
 
-    Every round some clients train the adapter on their own texts and send their top-k logits and their change of the
-    bank; the server averages. Without options: MiniLM learns which Python library a docstring comes from.
+    Every round some clients train the adapter on their own texts and send
+    their top-k logits and their change of the bank; the server averages.
+    Without options: MiniLM learns which Python library a docstring is from.
 
     Examples:
 
       fedvb simulate
-      fedvb simulate --data reviews.csv --clients 20 --rounds 30 --partition dirichlet:1.0
+      fedvb simulate --data reviews.csv --clients 20 --rounds 30 --partition iid
       fedvb simulate --adapter lora --rank 8 --out runs/lora
       fedvb simulate --resume --out runs/lora
     """
     from simulations.config import default_config
     from simulations.simulate import free_run_directory, resumed_config
 
-    given = {name.replace("_", "-"): value for name, value in context.params.items() if name != "workers"}
+    given = {
+        name.replace("_", "-"): value
+        for name, value in context.params.items()
+        if name != "workers" and value is not None
+    }
     if resume:
         if out is None:
             raise ConfigError("--resume: which run? name it with --out runs/NAME")
@@ -213,17 +234,29 @@ def export(
     console.print(f"{saved.what} of round {saved.version} -> {out}", markup=False, soft_wrap=True)
 
 
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    out: Annotated[Path, typer.Option(help="PNG file to write.")],
+) -> None:
+    """Draw the scores of finished runs against rounds and against bytes, in one picture."""
+    from simulations.report import plot_score
+
+    plot_score(runs, out)
+    console.print(f"plot: {out}", markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point. Bad input is one line on standard error and exit code 2; Ctrl-C is 130."""
     try:
-        code = typer.main.get_command(app)(standalone_mode=False)
+        code = typer.main.get_command(app)(prog_name="fedvb", standalone_mode=False)
     except click.UsageError as error:
         _fail(error.format_message())
     except click.exceptions.Abort:
         sys.exit(130)
     except KeyboardInterrupt:
         sys.exit(130)
-    except FedVBError as error:
+    except (FedVBError, OSError) as error:  # a full disk, a folder that cannot be written to
         _fail(str(error))
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -240,28 +273,29 @@ def _run(config: dict[str, Any], workers: int) -> None:
     with Display(console) as display:
         summary = simulate(config, display, display.on_step, workers)
     console.print(summary_table(summary, out))
-    console.print(f"plot: {out / 'score.png'}", markup=False, soft_wrap=True)
 
 
 def _describe(site: Any, config: dict[str, Any]) -> None:
     """What is about to be trained, and the sizes that were chosen."""
     blueprint, spec = site.blueprint, site.blueprint.spec
-    console.print(
-        f"{config['model']} on {site.model.device}: {len(site.train):,} training texts at {len(site.parts)} clients "
-        f"({min(map(len, site.parts))} to {max(map(len, site.parts))} each), {len(site.test):,} held out, "
-        f"{len(site.blueprint.labels)} labels",
-        highlight=False,
-        soft_wrap=True,
-    )
+    least, most = min(map(len, site.parts)), max(map(len, site.parts))
     sizes = f"rank {spec.rank}"
     if spec.kind == "vblora":
         sizes += f", h {spec.num_vectors}, b {spec.vector_length}, k {spec.topk}"
-    console.print(
-        f"{spec.kind}: {sizes}; {len(blueprint.linears)} layers, {blueprint.rows:,} rows, "
-        f"{blueprint.trained_parameters:,} numbers trained, {blueprint.stored_parameters:,} sent (head {blueprint.head_size:,})",
-        highlight=False,
-        soft_wrap=True,
-    )
+    facts = {
+        "model": f"{config['model']} on {site.model.device}",
+        "data": f"{config['data']}: {len(site.train):,} training texts, {len(site.test):,} held out"
+        + (f", {len(blueprint.labels)} labels" if blueprint.labels else ""),
+        "clients": f"{len(site.parts)}, with {least:,} to {most:,} texts each; "
+        f"{config['clients-per-round']} a round",
+        "adapter": f"{spec.kind}, {sizes}: {blueprint.rows:,} rows in {len(blueprint.linears)} layers",
+        "numbers": f"{blueprint.trained_parameters:,} trained, {blueprint.stored_parameters:,} sent "
+        f"({blueprint.head_size:,} of them the head)",
+        "run": config["out"],
+    }
+    for name, fact in facts.items():
+        console.print(f"{name:<9}{fact}", markup=False, highlight=False, soft_wrap=True)
+    console.print()
 
 
 def _on_command_line(context: typer.Context) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The flat config of a run: what `fedvb simulate` asks for, what Flower hands to both apps, what `config.json` keeps."""
+"""The flat config of a run: what is asked for, handed to both apps, and kept in `config.json`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG_FILE = "config.json"
 
 
 def default_config() -> Config:
-    """Every key with its default, in the order of the rooms. These are the settings' own defaults, flattened."""
+    """Every key with its default, in the order of the rooms: the settings' own defaults."""
     site = {
         item.name: item.default for item in fields(SiteSettings) if item.name in ("model", "device", "dtype")
     }

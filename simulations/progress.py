@@ -6,14 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fl_server.exchange import Kind
 from fl_server.handshake import Roster, Task
@@ -23,27 +16,33 @@ from simulations.report import size
 
 __all__ = ["Display"]
 
+WINDOW = 600.0  # seconds that the time left is estimated from: several rounds, evaluations among them
+
 
 class Display:
-    """An `Observer` that shows rounds, clients and steps; use it as a context manager around the run."""
+    """An `Observer` that shows rounds, clients and steps; use it as a context manager around the run.
+
+    Where the console is a file or a pipe, only the lines of the rounds are written.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._rounds = 0
-        self._metric = "score"
+        self._out = ""
+        self._rounds = self._round = 0
+        self._clients = self._replies = 0  # of this round
+        self._loss = ""
         self._live = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[now]}"),
+            TimeRemainingColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
+            speed_estimate_period=WINDOW,
         )
-        self._run = self._live.add_task("rounds", total=None)
-        self._round = self._live.add_task("clients", total=None, visible=False)
-        self._steps = self._live.add_task("steps", total=None, visible=False)
+        self._task = self._live.add_task("starting", total=None, now="")
 
     def __enter__(self) -> Display:
         self._live.start()
@@ -56,50 +55,76 @@ class Display:
 
     def on_step(self, done: int, total: int) -> None:
         """A local step of the client or cohort at work."""
-        self._live.update(self._steps, completed=done, total=total, visible=True)
+        self._show(f"client {self._replies + 1}/{self._clients}  step {done}/{total}", done / total)
 
     def run_started(
         self, settings: ServerSettings, roster: Roster, task: Task, done: Sequence[Record]
     ) -> None:
-        self._rounds, self._metric = settings.rounds, task.metric
+        self._rounds, self._out = settings.rounds, settings.out
         for fault in roster.refused:
-            self._console.print(
-                f"client {fault.client} refused: {fault.reason}", style="yellow", markup=False
-            )
+            self._warn(f"client {fault.client} refused: {fault.reason}")
         if done:
-            self._console.print(f"resumed after round {done[-1]['round']}")
-        self._live.update(self._run, total=settings.rounds + 1, completed=len(done))
+            self._say(f"resumed after round {done[-1]['round']}")
+        self._say(
+            _row("round", "train loss", task.metric, "up/client", "down/client", "seconds"), style="bold"
+        )
+        self._round = len(done)
+        self._live.update(self._task, total=settings.rounds, completed=max(0, len(done) - 1))
+        self._show("evaluating")
 
     def round_started(self, number: int, clients: Sequence[str]) -> None:
-        self._live.reset(
-            self._round, total=len(clients), visible=True, description=f"round {number}, clients"
-        )
+        self._round, self._clients, self._replies = number, len(clients), 0
+        self._show(f"client 1/{self._clients}")
 
     def reply_received(self, number: int, kind: Kind, client: str, fault: str) -> None:
         if fault:
-            line = f"round {number}: reply of client {client} rejected: {fault}"
-            self._console.print(line, style="yellow", markup=False)
+            self._warn(f"round {number}: reply of client {client} rejected: {fault}")
         if kind == "train":
-            self._live.advance(self._round)
+            self._replies += 1
+            at_work = self._replies < self._clients
+            self._show(f"client {self._replies + 1}/{self._clients}" if at_work else "evaluating")
 
     def round_finished(self, record: Record) -> None:
-        self._live.advance(self._run)
-        self._live.update(self._steps, visible=False)
-        sent = record["bytes"]
-        parts = [f"round {record['round']:>3}/{self._rounds}"]
-        if record["train_loss"] is not None:
-            parts.append(f"train loss {record['train_loss']:.4f}")
-        if record["score"] is not None:
-            parts.append(f"{self._metric} {record['score']:.4f}")
-        if record["round"]:
-            parts.append(f"up {size(sent['up_per_client'])}, down {size(sent['down_per_client'])} a client")
-        if record["rejected"]:
-            parts.append(f"{len(record['rejected'])} rejected")
-        self._console.print(
-            "  ".join([*parts, f"{record['seconds']:.1f} s"]), highlight=False, soft_wrap=True
+        number, sent, trained = record["round"], record["bytes"], record["round"] > 0
+        self._loss = _number(record["train_loss"])
+        line = _row(
+            f"{number}/{self._rounds}",
+            self._loss,
+            _number(record["score"]),
+            size(sent["up_per_client"]) if trained else "-",
+            size(sent["down_per_client"]) if trained else "-",
+            f"{record['seconds']:.1f}",
         )
+        self._say(line + (f"  {len(record['rejected'])} rejected" if record["rejected"] else ""))
+        self._live.update(self._task, completed=number)
 
     def stopped(self, saved: int | None) -> None:
         self._live.stop()
-        saying = "nothing was saved yet" if saved is None else f"round {saved} is saved; go on with --resume"
-        self._console.print(f"stopped: {saying}", style="yellow")
+        saying = "nothing was saved yet"
+        if saved is not None:
+            saying = f"round {saved} is saved; go on with: fedvb simulate --resume --out {self._out}"
+        self._warn(f"stopped: {saying}")
+
+    def _show(self, now: str, part: float = 0.0) -> None:
+        """Say what goes on, and move the bar to the share of the rounds that is done."""
+        if self._round:
+            done = self._round - 1 + min(1.0, (self._replies + part) / max(1, self._clients))
+            self._live.update(self._task, completed=done)
+        loss = f"  loss {self._loss}" if self._loss.strip("-") else ""
+        self._live.update(self._task, description=f"round {self._round}/{self._rounds}", now=now + loss)
+
+    def _say(self, line: str, style: str = "") -> None:
+        self._console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def _warn(self, line: str) -> None:
+        self._say(line, style="yellow")
+
+
+def _row(*cells: str) -> str:
+    """One line of the table of rounds, within 80 columns."""
+    widths = (11, 12, 10, 11, 13, 9)
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import ROUNDED
 from rich.table import Table
+from rich.text import Text
 
 from vblora.errors import RunError
 
@@ -29,7 +31,7 @@ def read_history(run: Path) -> list[dict[str, Any]]:
 
 
 def plot_score(runs: Sequence[Path], target: Path) -> None:
-    """Draw score against rounds and against bytes sent in both directions, all clients together. Writes a PNG."""
+    """Draw score against rounds and against bytes, both directions, all clients. Writes a PNG."""
     from matplotlib.figure import Figure  # slow to import, and only needed at the end
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -44,6 +46,8 @@ def plot_score(runs: Sequence[Path], target: Path) -> None:
         by_bytes.plot([total / 1e6 for total in sent], scores, **style)
     by_round.set(xlabel="round", ylabel=metric)
     by_bytes.set(xlabel="MB sent, both directions, all clients")
+    if len(runs) > 1:  # adapters differ by orders of magnitude
+        by_bytes.set_xscale("log")
     for axes in (by_round, by_bytes):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -56,12 +60,13 @@ def plot_score(runs: Sequence[Path], target: Path) -> None:
 def summary_table(summary: dict[str, Any], run: Path) -> Table:
     """The closing table of one run."""
     score, sent = summary["score"], summary["bytes"]
-    table = Table(
-        title=f"{summary['adapter']} on {summary['data']} with {summary['model']}", title_justify="left"
-    )
-    table.add_column("what")
-    table.add_column("value", justify="right")
+    table = Table(box=ROUNDED, show_header=False)
+    table.add_column()
+    table.add_column(justify="right", overflow="fold")
     rows = {
+        "adapter": summary["adapter"],
+        "model": Path(summary["model"]).name,
+        "data": Path(summary["data"]).name,
         f"{score['metric']} at the start": f"{score['start']:.4f}",
         f"{score['metric']} at the end": f"{score['final']:.4f}",
         f"best {score['metric']}": f"{score['best']:.4f}",
@@ -74,9 +79,10 @@ def summary_table(summary: dict[str, Any], run: Path) -> Table:
         "replies rejected": str(summary["rejected"]),
         "seconds": f"{summary['seconds']:.0f}",
         "run directory": str(run),
+        "plot": str(run / "score.png"),
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     return table
 
 

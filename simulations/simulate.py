@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from simulations.config import Config, check_config, load_config, save_config
 from simulations.grid import InProcessGrid, run_server_app
 from simulations.report import plot_score
 from simulations.workers import Workers, count_workers
-from vblora.errors import ConfigError
+from vblora.errors import ConfigError, RunError
 
 __all__ = ["free_run_directory", "prepare", "resumed_config", "simulate"]
 
@@ -28,12 +29,14 @@ CHANGEABLE = {"rounds", "device", "out", "resume", "wait-seconds", "timeout-seco
 
 
 def prepare(config: Config) -> Site:
-    """Check the config, see that the run directory is free (or holds the run to resume), and load data and model.
+    """Check the config, see that the run directory is free (or holds the run to resume), and load data and
+    model.
 
     Raises:
         FedVBError: anything that would keep the run from starting; nothing is written before.
     """
     settings, server = check_config(config)
+    _require_writable(Path(server.out))
     History(Path(server.out)).check(server.resume)
     return open_site(settings)
 
@@ -86,6 +89,10 @@ def resumed_config(out: Path, given: Mapping[str, Any]) -> Config:
     ]
     if differing:
         raise ConfigError(f"--resume: {'; '.join(differing)}; leave them out, or start another run")
+    if (rounds := given.get("rounds", kept["rounds"])) < (done := _rounds_done(out)):
+        raise ConfigError(
+            f"--resume: rounds is {rounds}, the run has finished round {done}; ask for that or more"
+        )
     return {
         **kept,
         **{name: given[name] for name in CHANGEABLE & set(given)},
@@ -106,6 +113,20 @@ def free_run_directory(root: Path, config: Config) -> Path:
     )
     names = (root / (stem if number == 1 else f"{stem}-{number}") for number in range(1, 1_000_000))
     return next(path for path in names if not path.exists())
+
+
+def _rounds_done(out: Path) -> int:
+    history = History(out).path
+    return max(0, history.read_bytes().count(b"\n") - 1) if history.is_file() else 0
+
+
+def _require_writable(out: Path) -> None:
+    """See that a run directory can be made, before minutes are spent on reading the data."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RunError(f"--out: {there} is a file, expected a directory that can be made or is a run")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"--out: {there} cannot be written to; choose another --out")
 
 
 def _handle(messages: list[Message], contexts: list[Context], *, answers: Answers) -> Iterator[Message]:

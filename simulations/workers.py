@@ -1,7 +1,7 @@
 """Several processes at one simulation: this one and its helpers, one a GPU (or a few on a CPU).
 
-Every process holds its own base model. Questions are handed out in small pieces to whoever is free, so uneven clients do not
-leave a process idle; what a client answers depends on nothing but the question.
+Every process holds its own base model. Questions are handed out in small pieces to whoever is free, so
+uneven clients do not leave a process idle; what a client answers depends on nothing but the question.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def count_workers(asked: int, device: torch.device) -> int:
 
 
 class Workers:
-    """Answers questions with `count` processes, this one among them. A context manager: leaving it ends the others.
+    """Answers questions with `count` processes, this one among them. A context manager: leaving it ends the
+    others.
 
     Raises:
         RunError: a process died.

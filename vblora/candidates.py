@@ -205,9 +205,8 @@ def anchored(spec: VBLoRASpec, seeds: Floats, topk: TopK) -> Floats:
     lowest = np.take_along_axis(seeds, np.minimum(last, seeds.shape[1] - 1), axis=1)
     if spec.topk < spec.num_vectors:
         missing = _first_missing(topk.positions)[:, None]
-        # A chosen place beyond the first missing one has a seed below it: its own never decides there.
-        own = np.where(last < missing, lowest, np.float32(-np.inf))
-        lowest = np.maximum(own, np.take_along_axis(seeds, missing, axis=1) + np.float32(spec.margin))
+        # A place beyond the first missing one has a lower seed: its own never decides, nor one cut to W - 1.
+        lowest = np.maximum(lowest, np.take_along_axis(seeds, missing, axis=1) + np.float32(spec.margin))
     spans = np.concatenate([np.zeros((len(topk.gaps), 1), np.float32), topk.gaps], axis=1)
     return _untied(lowest + (spans[:, -1:] - spans), topk.positions)
 

@@ -25,6 +25,7 @@ from vblora.state import State, mixture_weights
 __all__ = ["dense_logits", "export_peft"]
 
 PREFIX = "base_model.model."
+CONV1D_MODELS = ("gpt2-", "openai-gpt-")  # their weights are stored transposed; PEFT warns unless told
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -65,6 +66,7 @@ def export_peft(
         "task_type": "SEQ_CLS" if blueprint.labels else "CAUSAL_LM",
         "modules_to_save": sorted({name.rsplit(".", 1)[0].split(".")[0] for name in _head_names(blueprint)})
         or None,
+        "fan_in_fan_out": blueprint.model.startswith(CONV1D_MODELS),
         "inference_mode": True,
     }
     write_atomic(directory / "adapter_model.safetensors", save(tensors, {"format": "pt"}))

@@ -1,6 +1,6 @@
 """Make vblora/quantiles.json: `python tests/vblora/make_quantiles.py`. Needs mpmath.
 
-Two tables of integers, so that every machine draws the same initial logits to the bit (libm differs between systems):
+Two tables of integers, so that every machine draws the same initial logits to the bit (libm differs):
 
 exponential[e][c]  round(2^40 * -ln(u)) for u = x / 2^33 at x = 2^e + c * 2^(e - 6)
 normal[e][c]       round(2^20 * probit(exp(-t))) for t = x / 2^40 at x = 2^e + c * 2^(e - 6)
@@ -37,7 +37,9 @@ def main() -> None:
     exponential = [[int(mp.nint(-mp.log(x / 2**33) * 2**40)) for x in grid(e)] for e in range(33)]
     normal = [[int(mp.nint(probit_of_exp(x / 2**40) * 2**20)) for x in grid(e)] for e in range(46)]
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "vblora/quantiles.json")
-    target.write_text(json.dumps({"exponential": exponential, "normal": normal}, separators=(",", ":")) + "\n")
+    target.write_text(
+        json.dumps({"exponential": exponential, "normal": normal}, separators=(",", ":")) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""Put a site together from texts that are already tokenised and dealt: no data libraries needed.
+
+`Texts` can be saved, so that a machine with a GPU and little else trains what another one prepared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fl_client.base import Base
+from fl_client.batches import Examples
+from fl_client.cohort import CohortSizer
+from fl_client.settings import SiteSettings
+from fl_client.site import Site
+from fl_client.tasks import CausalLM, Classification, Task
+from vblora.errors import DataError
+from vblora.files import write_atomic
+from vblora.model import AdaptedModel, describe_base, find_head, find_linears
+from vblora.spec import Blueprint
+
+__all__ = ["Texts", "assemble", "load_texts", "save_texts", "task_of"]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a site trains and is scored on.
+
+    Attributes:
+        train: training examples of all clients.
+        parts: rows of `train` by client.
+        test: held-out examples.
+        labels: class names by index; empty for language modelling.
+        versions: of whatever the texts depend on.
+    """
+
+    train: Examples
+    parts: tuple[NDArray[np.int64], ...]
+    test: Examples
+    labels: tuple[str, ...]
+    versions: Mapping[str, str]
+
+
+def task_of(labels: tuple[str, ...]) -> Task:
+    """Classification where there are labels, else language modelling."""
+    return Classification(labels) if labels else CausalLM()
+
+
+def assemble(settings: SiteSettings, texts: Texts, base: Base) -> Site:
+    """Put the adapter into the base and the texts beside it.
+
+    Raises:
+        ModelError, ConfigError: the adapter does not fit the base.
+    """
+    linears = find_linears(base.model, settings.adapter.target_modules)
+    blueprint = Blueprint(
+        spec=settings.adapter.spec(linears, settings.data.seed),
+        linears=linears,
+        head=find_head(base.model),
+        model=describe_base(base.model),
+        labels=texts.labels,
+    )
+    model = AdaptedModel(base.model, blueprint)
+    return Site(
+        settings=settings,
+        model=model,
+        task=task_of(texts.labels),
+        train=texts.train,
+        parts=texts.parts,
+        test=texts.test,
+        pad=base.pad,
+        sizer=CohortSizer(model.device, settings.cohort),
+        versions=dict(texts.versions),
+    )
+
+
+def save_texts(path: Path, texts: Texts) -> None:
+    """Write texts as one npz file, atomically."""
+    arrays: dict[str, Any] = {}
+    for name, examples in (("train", texts.train), ("test", texts.test)):
+        arrays |= {f"{name}_{key}": getattr(examples, key) for key in ("tokens", "starts", "targets")}
+    arrays["part_ends"] = np.cumsum([len(part) for part in texts.parts])
+    arrays["part_rows"] = np.concatenate(texts.parts)
+    arrays["about"] = np.array(json.dumps({"labels": texts.labels, "versions": dict(texts.versions)}))
+    buffer = BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_texts(path: Path) -> Texts:
+    """Read what `save_texts` wrote.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            parts = [
+                Examples(*(arrays[f"{name}_{key}"] for key in ("tokens", "starts", "targets")))
+                for name in ("train", "test")
+            ]
+            dealt = np.split(arrays["part_rows"], arrays["part_ends"][:-1])
+            about = json.loads(str(arrays["about"]))
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: not a file of prepared texts ({error})") from error
+    return Texts(parts[0], tuple(dealt), parts[1], tuple(about["labels"]), about["versions"])

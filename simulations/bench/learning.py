@@ -1,0 +1,181 @@
+"""Many runs of one study, side by side: which settings learn best, over seeds. Needs neither Flower nor the
+data libraries.
+
+A study is a JSON file: `{"base": {...}, "runs": [{...}, ...], "seeds": [0, 1, 2]}`, where the objects hold
+keys of a run's config (`fedvb simulate --help`, with dashes). A machine with a GPU and little else trains what another one
+prepared:
+
+    python -m simulations.bench.learning study.json --texts DIR --prepare         # where the data is
+    python -m simulations.bench.learning study.json --texts DIR --processes 10    # where the GPU is
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fl_client.assembly import assemble, load_texts, save_texts
+from fl_client.base import find_device, load_base
+from fl_client.serve import answer
+from fl_client.settings import SiteSettings
+from fl_server.rounds import run_rounds
+from fl_server.settings import ServerSettings
+from simulations.direct import DirectExchange
+
+__all__ = ["main", "read_study", "run_one", "table"]
+
+Config = dict[str, Any]
+
+
+def read_study(path: Path) -> list[Config]:
+    """All runs of a study, one config for each setting and seed."""
+    study = json.loads(path.read_text())
+    seeds = study.get("seeds", [0])
+    return [{**study.get("base", {}), **run, "seed": seed} for run in study["runs"] for seed in seeds]
+
+
+def run_one(config: Mapping[str, Any], texts: Path) -> dict[str, Any]:
+    """Train one run on prepared texts; the summary with its config."""
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    settings = SiteSettings.from_run_config(config)
+    prepared = load_texts(_texts_file(texts, settings))
+    device = find_device(settings.device)
+    base = load_base(settings.model, prepared.labels, device, dtype=settings.dtype, seed=settings.data.seed)
+    site = assemble(settings, prepared, base)
+    with tempfile.TemporaryDirectory() as out:
+        server = ServerSettings.from_run_config({**config, "out": out})
+        exchange = DirectExchange(partial(answer, site), server.clients)
+        summary = run_rounds(exchange, server, _Silent())
+    return {"config": dict(config), **summary, "wall": time.monotonic() - started}
+
+
+def prepare(configs: list[Config], texts: Path) -> None:
+    """Write the texts that the runs need, each once."""
+    from fl_client.opening import prepare_texts  # the data libraries are needed here alone
+
+    for config in configs:
+        settings = SiteSettings.from_run_config(config)
+        target = _texts_file(texts, settings)
+        if not target.exists():
+            save_texts(target, prepare_texts(settings))
+            print(
+                f"{target}: {config.get('data')}, {config.get('partition')}, seed {config.get('seed')}",
+                flush=True,
+            )
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """One line a setting: mean and spread of the scores over seeds, bytes up; best first."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        key = json.dumps(
+            {name: value for name, value in result["config"].items() if name != "seed"}, sort_keys=True
+        )
+        groups.setdefault(key, []).append(result)
+    common = set.intersection(*(set(json.loads(key).items()) for key in groups)) if groups else set()
+    lines = [f"{'last3':>7} {'±':>6} {'best':>7} {'up kB':>8} {'n':>2}  settings"]
+    ranked = sorted(
+        groups.items(), key=lambda item: -statistics.mean(run["score"]["last3"] for run in item[1])
+    )
+    for key, runs in ranked:
+        last3 = [run["score"]["last3"] for run in runs]
+        best = statistics.mean(run["score"]["best"] for run in runs)
+        spread = statistics.stdev(last3) if len(last3) > 1 else 0.0
+        sent = statistics.mean(run["bytes"]["up_per_client_round"] for run in runs) / 1000
+        differing = {name: value for name, value in json.loads(key).items() if (name, value) not in common}
+        shown = " ".join(f"{name}={value}" for name, value in differing.items())
+        lines.append(
+            f"{statistics.mean(last3):7.4f} {spread:6.4f} {best:7.4f} {sent:8.1f} {len(runs):2}  {shown}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a study from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", type=Path, help="JSON file of the study")
+    parser.add_argument("--texts", type=Path, default=Path("texts"), help="folder of prepared texts")
+    parser.add_argument("--prepare", action="store_true", help="write the prepared texts, train nothing")
+    parser.add_argument("--model", help="base model, where it lies elsewhere than the study says")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="stop waiting for runs after this time; 0 never"
+    )
+    parser.add_argument("--json", type=Path, help="write all results here")
+    given = parser.parse_args(arguments)
+    configs = read_study(given.study)
+    if given.model:
+        configs = [{**config, "model": given.model} for config in configs]
+    if given.prepare:
+        prepare(configs, given.texts)
+        return
+    results = _run_all(configs, given.texts, given.processes, given.seconds, given.json)
+    print(f"{len(results)} of {len(configs)} runs; torch {torch.__version__}, {_device_name()}")
+    print(table(results))
+
+
+def _run_all(
+    configs: list[Config], texts: Path, processes: int, seconds: float, target: Path | None
+) -> list[dict[str, Any]]:
+    started = time.monotonic()
+    results: list[dict[str, Any]] = []
+    with get_context("spawn").Pool(processes) as pool:
+        pending = pool.imap_unordered(partial(_guarded, texts=texts), configs)
+        while len(results) < len(configs):
+            left = seconds - (time.monotonic() - started) if seconds else None
+            try:
+                found = pending.next(timeout=left)
+            except TimeoutError:
+                break
+            results.append(found)
+            shown = (
+                found.get("error") or f"last3 {found['score']['last3']:.4f} best {found['score']['best']:.4f}"
+            )
+            print(f"{time.monotonic() - started:6.0f} s  {shown}  {json.dumps(found['config'])}", flush=True)
+            if target is not None:
+                target.write_text(json.dumps(results))
+    return [result for result in results if "error" not in result]
+
+
+def _guarded(config: Config, texts: Path) -> dict[str, Any]:
+    """One bad setting must not end a study of hundreds."""
+    warnings.simplefilter("ignore")
+    try:
+        return run_one(config, texts)
+    except Exception as error:
+        return {"config": config, "error": f"{type(error).__name__}: {error}"}
+
+
+def _texts_file(texts: Path, settings: SiteSettings) -> Path:
+    return texts / f"{hashlib.sha256(repr(settings.data).encode()).hexdigest()[:12]}.npz"
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+class _Silent:
+    """An `Observer` that says nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

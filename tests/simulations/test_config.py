@@ -1,0 +1,117 @@
+"""One table of defaults, said in four places: settings, default_config, the command line, pyproject.toml."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from simulations import cli
+from simulations.config import check_config, default_config, load_config, save_config
+from tests.conftest import ROOT
+from vblora.errors import ConfigError, RunError
+
+NOT_IN_CONFIG = {"context", "workers"}  # of this process, not of the run
+NOT_ON_COMMAND_LINE = {"init-std", "margin", "final-scale", "wait-seconds", "timeout-seconds"}
+CHOSEN = {"rank", "num-vectors", "vector-length"}  # None on the command line, 0 in a config
+OUT = {"out"}  # runs/NAME on the command line, runs/fedvb under Flower
+
+
+def test_pyproject_holds_every_key_and_its_default():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    config = project["tool"]["flwr"]["app"]["config"]
+    assert config == default_config()
+    assert {name: type(value) for name, value in config.items()} == {
+        name: type(value) for name, value in default_config().items()
+    }
+
+
+def test_the_command_line_has_the_same_defaults():
+    defaults = {
+        name.replace("_", "-"): parameter.default
+        for name, parameter in inspect.signature(cli.simulate).parameters.items()
+        if name not in NOT_IN_CONFIG
+    }
+    expected = {name: None if name in CHOSEN | OUT else value for name, value in default_config().items()}
+    assert defaults == {name: value for name, value in expected.items() if name not in NOT_ON_COMMAND_LINE}
+
+
+def test_the_defaults_pass_their_own_check():
+    site, server = check_config(default_config())
+    assert site.local.steps == 10
+    assert site.data.clients == server.clients == 10
+    assert site.data.seed == server.seed == 0
+
+
+def test_every_part_reads_its_keys():
+    changed = {
+        name: value + 1 if type(value) in (int, float) else value for name, value in default_config().items()
+    }
+    changed |= {"clients": 9, "clients-per-round": 3, "dropout": 0.1, "stragglers": 0.2, "final-scale": 0.3}
+    site, server = check_config(changed)
+    assert (site.cohort, site.adapter.rank, site.data.max_length) == (1, 1, 129)
+    assert (site.local.steps, site.local.lr_bank) == (11, 1.008)
+    assert (site.hazards.dropout, site.hazards.stragglers) == (0.1, 0.2)
+    assert (server.rounds, server.clients_per_round, server.final_scale) == (13, 3, 0.3)
+
+
+def test_all_faults_of_all_parts_in_one_line():
+    with pytest.raises(ConfigError) as caught:
+        check_config(
+            default_config()
+            | {"adapter": "dora", "rounds": 0, "local-steps": 0, "partition": "random", "colour": 1}
+        )
+    told = str(caught.value)
+    assert "\n" not in told
+    for part in (
+        "adapter is 'dora'",
+        "rounds is 0",
+        "local-steps is 0",
+        "partition is 'random'",
+        "unknown keys: colour",
+    ):
+        assert part in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rank": "four"}, "rank is 'four', expected a whole number"),
+        ({"rank": 4.0}, "rank is 4.0, expected a whole number"),
+        ({"lr-bank": "high"}, "lr-bank is 'high', expected a number"),
+        ({"model": 3}, "model is 3, expected text"),
+        ({"cohort": True}, "cohort is True, expected a whole number"),
+        ({"cohort": -1}, "cohort is -1"),
+        ({"model": ""}, "model is empty"),
+        ({"seed": None}, "seed is None, expected a whole number"),
+    ],
+)
+def test_values_of_a_wrong_type(changes: dict[str, object], told: str):
+    """`flwr run . -c` and a hand-edited config.json can bring any."""
+    with pytest.raises(ConfigError, match=told):
+        check_config({**default_config(), **changes})
+
+
+def test_whole_numbers_will_do_for_floats():
+    site, _ = check_config({**default_config(), "lr-bank": 1})
+    assert type(site.local.lr_bank) is float
+
+
+def test_a_config_is_kept_without_its_place(tmp_path: Path):
+    config = {**default_config(), "rounds": 3, "out": str(tmp_path / "elsewhere"), "resume": True}
+    save_config(tmp_path, config)
+    kept = json.loads((tmp_path / "config.json").read_text())
+    assert not {"out", "resume"} & set(kept)
+    assert load_config(tmp_path) == {**config, "out": str(tmp_path), "resume": False}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", "\x00"])
+def test_a_damaged_config_is_an_error_of_the_run(tmp_path: Path, content: str):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(RunError, match="not readable"):
+        load_config(tmp_path)
+    with pytest.raises(RunError, match="no run here"):
+        load_config(tmp_path / "nowhere")
