@@ -31,6 +31,8 @@ __all__ = ["Workers", "count_workers"]
 
 Piece = list[Question]
 
+PATIENCE = 5.0  # seconds for a process to end by itself
+
 
 def count_workers(asked: int, device: torch.device) -> int:
     """Processes to use: what was asked for, else one a GPU, else one."""
@@ -71,12 +73,12 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            process.join()
         for connection in self._connections:
-            connection.close()
+            connection.close()  # who is idle goes home at once, with all that it has opened
+        for process in self._processes:
+            process.join(PATIENCE)
+            process.terminate()
+            process.join()
 
     def answer(self, questions: Sequence[Question], on_step: OnStep | None = None) -> Iterator[Answer]:
         """As `fl_client.serve.answer`; answers come as they are ready, in any order."""

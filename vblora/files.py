@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vblora.errors import ModelError, RunError
 from vblora.spec import Blueprint
 from vblora.state import State, TopK, content_faults
 
-__all__ = ["load_state", "save_state", "write_atomic"]
+__all__ = ["load_state", "safetensors_bytes", "save_state", "write_atomic"]
 
 FORMAT = "fedvb-state-1"
 
@@ -42,9 +43,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 def save_state(path: Path, state: State, blueprint: Blueprint) -> None:
     """Save a state with its blueprint, as one safetensors file, atomically."""
-    tensors: dict[str, NDArray[Any]] = {
-        name: np.ascontiguousarray(array) for name, array in state.dense.items()
-    }
+    tensors: dict[str, NDArray[Any]] = dict(state.dense)
     if state.topk is not None:
         tensors |= {"positions": state.topk.positions, "gaps": state.topk.gaps}
     metadata = {
@@ -54,7 +53,12 @@ def save_state(path: Path, state: State, blueprint: Blueprint) -> None:
         "blueprint": blueprint.to_json(),
         "fingerprint": blueprint.fingerprint.hex(),
     }
-    write_atomic(path, save(tensors, metadata))
+    write_atomic(path, safetensors_bytes(tensors, metadata))
+
+
+def safetensors_bytes(tensors: Mapping[str, NDArray[Any]], metadata: dict[str, str]) -> bytes:
+    """A safetensors file. `save` alone would write an array of another memory order scrambled."""
+    return save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata)
 
 
 def load_state(path: Path) -> tuple[State, Blueprint]:

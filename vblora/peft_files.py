@@ -13,12 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
 from vblora import seeded
 from vblora.candidates import anchored
 from vblora.errors import ExportError
-from vblora.files import write_atomic
+from vblora.files import safetensors_bytes, write_atomic
 from vblora.spec import Blueprint, RowSlice, VBLoRASpec
 from vblora.state import State, mixture_weights
 
@@ -69,7 +68,7 @@ def export_peft(
         "fan_in_fan_out": blueprint.model.startswith(CONV1D_MODELS),
         "inference_mode": True,
     }
-    write_atomic(directory / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+    write_atomic(directory / "adapter_model.safetensors", safetensors_bytes(tensors, {"format": "pt"}))
     write_atomic(directory / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     return directory
 

@@ -106,8 +106,10 @@ def test_ctrl_c_stops_cleanly(workers: int, tiny_bert: Path, topics: Path, tmp_p
 def test_ctrl_c_while_it_loads(tiny_bert: Path, topics: Path, tmp_path: Path):
     config = small_config(tiny_bert, topics, tmp_path / "run", **LONG)
     process = start(typed(config))
-    time.sleep(3)  # in the imports, or in the data
+    time.sleep(2)  # in the imports, or in the data
     os.killpg(process.pid, signal.SIGINT)
     shown, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "")
+    # Where C code was importing, Python ends itself by the signal; a shell says 130 to both.
+    assert process.returncode in (130, -signal.SIGINT)
+    assert errors == ""
     assert "Traceback" not in shown

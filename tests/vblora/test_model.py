@@ -146,7 +146,7 @@ def peft_vblora(base: nn.Module, blueprint: Blueprint, state: State) -> Any:
         target_modules=[linear.name for linear in blueprint.linears],
         fan_in_fan_out=describe_base(base).startswith("gpt2"),
     )
-    model = peft.get_peft_model(copy.deepcopy(base), config).train()
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
     own = dict(model.named_parameters(remove_duplicate=False))
     logits = torch.from_numpy(dense_logits(state, blueprint))
     with torch.no_grad():
@@ -157,9 +157,6 @@ def peft_vblora(base: nn.Module, blueprint: Blueprint, state: State) -> Any:
             own[f"{name}_A.default"].copy_(a.view(spec.rank, -1, spec.num_vectors))
             own[f"{name}_B.default"].copy_(b.view(spec.rank, -1, spec.num_vectors).transpose(0, 1))
     _copy_head(model.base_model.model, blueprint, state)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
     return model
 
 

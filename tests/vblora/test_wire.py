@@ -1,0 +1,379 @@
+"""Bytes: what goes in comes out, and nothing else gets in."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.vblora.make_golden import BLUEPRINT, GOLDEN, make_state, make_update
+from vblora.errors import WireError
+from vblora.spec import AdapterSpec, Blueprint, LoRASpec, VBLoRASpec
+from vblora.state import State, TopK, Update, initial_state
+from vblora.wire import (
+    FORMAT,
+    HEADER,
+    Encoding,
+    Kind,
+    decode_state,
+    decode_update,
+    encode_state,
+    encode_update,
+    read_sections,
+    section_bytes,
+)
+
+STATE, UPDATE = encode_state(make_state(), BLUEPRINT), encode_update(make_update(), BLUEPRINT)
+DECODERS: dict[str, tuple[bytes, Callable[[bytes, Blueprint], State | Update]]] = {
+    "state": (STATE, decode_state),
+    "update": (UPDATE, decode_update),
+}
+KINDS = pytest.mark.parametrize("kind", DECODERS)
+
+
+def same(one: State | Update, other: State | Update) -> bool:
+    """Equal to the bit, NaN included."""
+    assert (one.topk is None) == (other.topk is None)
+    arrays = [(one.dense[name], other.dense[name]) for name in {*one.dense, *other.dense}]
+    if one.topk is not None and other.topk is not None:
+        arrays += [(one.topk.positions, other.topk.positions), (one.topk.gaps, other.topk.gaps)]
+    return all(
+        a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in arrays
+    ) and all(
+        getattr(one, name, 0) == getattr(other, name, 0) for name in ("version", "reference", "examples")
+    )
+
+
+def sealed(body: bytes) -> bytes:
+    """`body` with a checksum that fits: damage that only the decoder itself can see."""
+    return body + zlib.crc32(body).to_bytes(4, "little")
+
+
+# --- Round trips ---------------------------------------------------------------------
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> AdapterSpec:
+    if draw(st.booleans()):
+        return LoRASpec(rank=draw(st.integers(1, 4)))
+    k = draw(st.integers(1, 5))
+    return VBLoRASpec(
+        rank=2, num_vectors=draw(st.integers(k, 70)), vector_length=draw(st.integers(1, 9)), topk=k
+    )
+
+
+@st.composite
+def contents(draw: st.DrawFn) -> tuple[Blueprint, dict[str, np.ndarray], TopK | None]:
+    head = BLUEPRINT.head if draw(st.booleans()) else ()
+    blueprint = replace(BLUEPRINT, spec=draw(specs()), head=head)
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    dense = {
+        name: rng.standard_normal(shape).astype(np.float32) for name, shape in blueprint.dense_shapes.items()
+    }
+    if blueprint.topk_shape is None:
+        return blueprint, dense, None
+    rows, k, h = blueprint.topk_shape
+    positions = np.argsort(rng.random((rows, h)), axis=1)[:, :k].astype(np.int32)
+    return blueprint, dense, TopK(positions, np.sort(rng.random((rows, k - 1)), axis=1).astype(np.float32))
+
+
+@settings(deadline=None, max_examples=100)
+@given(contents(), st.integers(0, (1 << 64) - 1))
+def test_a_state_comes_back_to_the_bit(content, version):
+    blueprint, dense, topk = content
+    state = State(version, dense, topk) if version else initial_state(blueprint)
+    back = decode_state(encode_state(state, blueprint), blueprint)
+    assert same(back, state)
+    assert back.digest == state.digest
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    contents(), st.integers(0, 1 << 40), st.binary(min_size=16, max_size=16), st.integers(0, (1 << 32) - 1)
+)
+def test_an_update_comes_back_to_the_bit(content, version, reference, examples):
+    blueprint, dense, topk = content
+    update = Update(version, reference, examples, dense, topk)
+    back = decode_update(encode_update(update, blueprint), blueprint)
+    assert same(back, update)
+    assert all(array.flags.writeable for array in back.dense.values())
+
+
+def test_numbers_of_an_update_are_not_judged_here():
+    update = make_update()
+    update.dense["bank"][0] = [np.nan, np.inf, -np.inf, -0.0]
+    update.topk.gaps[0] = -np.nan
+    update.topk.positions[0] = 7  # h is 6: three bits can say it
+    assert same(decode_update(encode_update(update, BLUEPRINT), BLUEPRINT), update)
+
+
+def test_arrays_may_lie_in_memory_as_they_like():
+    state = make_state()
+    dense = {name: np.asfortranarray(array) for name, array in reversed(state.dense.items())}
+    topk = TopK(np.asfortranarray(state.topk.positions), state.topk.gaps[::-1][::-1])
+    assert encode_state(State(5, dense, topk), BLUEPRINT) == STATE
+
+
+def test_version_0_has_no_sections():
+    blob = encode_state(initial_state(BLUEPRINT), BLUEPRINT)
+    assert len(blob) == HEADER.size + 4 == 56
+    assert section_bytes(blob) == {"frame": 56}
+
+
+def test_sections_are_as_small_as_their_numbers():
+    sizes = section_bytes(UPDATE)
+    rows, k, _ = BLUEPRINT.topk_shape
+    assert sizes.pop("frame") + sum(sizes.values()) == len(UPDATE)
+    assert sizes == {
+        "positions": -(-rows * k * 3 // 8),
+        "gaps": 4 * rows * (k - 1),
+        "bank": 4 * 6 * 4,
+        "head": 4 * 10,
+    }
+
+
+@KINDS
+def test_golden_blobs(kind):
+    """A change of the format parts new sites from old: raise FORMAT, then run `make_golden`."""
+    golden = bytes.fromhex((GOLDEN / f"{kind}.hex").read_text())
+    blob, decode = DECODERS[kind]
+    assert blob == golden
+    assert same(decode(golden, BLUEPRINT), make_state() if kind == "state" else make_update())
+
+
+# --- Damage --------------------------------------------------------------------------
+
+
+@KINDS
+def test_a_part_of_a_blob_is_refused(kind):
+    blob, decode = DECODERS[kind]
+    for length in range(len(blob)):
+        with pytest.raises(WireError):
+            decode(blob[:length], BLUEPRINT)
+    with pytest.raises(WireError):
+        decode(blob + b"\0", BLUEPRINT)
+    with pytest.raises(WireError):
+        decode(blob + blob, BLUEPRINT)
+
+
+@KINDS
+def test_a_flipped_bit_is_refused(kind):
+    blob, decode = DECODERS[kind]
+    for bit in range(8 * len(blob)):
+        damaged = bytearray(blob)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(WireError):
+            decode(bytes(damaged), BLUEPRINT)
+
+
+@KINDS
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_what_is_altered_and_sealed_again_raises_nothing_else(kind, data):
+    """Someone who can write a checksum gets a `WireError`, or numbers of the right shape."""
+    blob, decode = DECODERS[kind]
+    body = bytearray(blob[:-4])
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(body) - 1))
+        action = data.draw(st.sampled_from(["set", "drop", "add"]))
+        byte = data.draw(st.sampled_from([0, 1, 2, 4, 127, 128, 255]))
+        if action == "set":
+            body[at] = byte
+        elif action == "drop":
+            del body[at]
+        else:
+            body.insert(at, byte)
+    try:
+        found = decode(sealed(bytes(body)), BLUEPRINT)
+    except WireError:
+        return
+    assert {name: array.shape for name, array in found.dense.items()} == BLUEPRINT.dense_shapes
+    if kind == "state":
+        assert same(found, make_state())
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=200))
+def test_noise_is_refused(noise):
+    for _, decode in DECODERS.values():
+        for blob in (noise, sealed(STATE[: HEADER.size] + noise), sealed(UPDATE[: HEADER.size] + noise)):
+            with pytest.raises(WireError):
+                decode(blob, BLUEPRINT)
+
+
+def header(**change: object) -> bytes:
+    names = ("magic", "format", "kind", "sections", "fingerprint", "version", "reference", "examples")
+    values = dict(zip(names, HEADER.unpack_from(UPDATE), strict=True))
+    return HEADER.pack(*{**values, **change}.values())
+
+
+def section(
+    name: bytes, encoding: int, shape: tuple[int, ...], payload: bytes, length: int | None = None
+) -> bytes:
+    start = struct.pack(f"<B{len(name)}sBB", len(name), name, encoding, len(shape) % 256)
+    declared = len(payload) if length is None else length
+    return start + struct.pack(f"<{len(shape)}IQ", *shape, declared) + payload
+
+
+def parts(**change: bytes) -> bytes:
+    """The golden update's sections, some replaced."""
+    made = {
+        held.name: section(held.name.encode(), held.encoding, held.shape, bytes(held.payload))
+        for held in read_sections(UPDATE)[1]
+    }
+    return b"".join({**made, **change}.values())
+
+
+def test_the_helpers_above_rebuild_the_golden_blob():
+    assert sealed(header() + parts()) == UPDATE
+
+
+ROWS = BLUEPRINT.rows
+FLOAT, PACKED = Encoding.FLOAT32, Encoding.PACKED
+REFUSED = {
+    "nothing": (b"", "0 bytes, expected at least 56; it is truncated"),
+    "magic": (sealed(header(magic=b"FVBM") + parts()), "starts with b'FVBM', expected b'FVBL'"),
+    "format": (
+        sealed(header(format=FORMAT + 1) + parts()),
+        f"format {FORMAT + 1}, expected {FORMAT}; run the",
+    ),
+    "checksum": (header() + parts() + b"abcd", "checksum does not match"),
+    "kind unknown": (sealed(header(kind=9) + parts()), r"kind 9, expected one of \[1, 2\]"),
+    "kind other": (sealed(header(kind=Kind.STATE) + parts()), "holds a state, expected a update"),
+    "fingerprint": (
+        sealed(header(fingerprint=b"f" * 16) + parts()),
+        "made for adapter 666666666666, expected [0-9a-f]{12}; base model, targets",
+    ),
+    "no sections": (
+        sealed(header(sections=0)),
+        r"sections are \[\], expected \['bank', 'gaps', 'head', 'pos",
+    ),
+    "sections declared, none there": (sealed(header(sections=255)), "section 1 of 255 is not readable"),
+    "one more declared": (sealed(header(sections=5) + parts()), "section 5 of 5 is not readable"),
+    "one less declared": (sealed(header(sections=3) + parts()), "bytes after the last section"),
+    "one missing": (sealed(header(sections=3) + parts(head=b"")), "sections are"),
+    "one twice": (
+        sealed(header(sections=5) + parts() + section(b"head", FLOAT, (10,), bytes(40))),
+        "expected .*, each once",
+    ),
+    "one instead of another": (
+        sealed(header() + parts(head=section(b"bank", FLOAT, (6, 4), bytes(96)))),
+        "expected .*, each once",
+    ),
+    "unknown": (sealed(header() + parts(head=section(b"hats", FLOAT, (10,), bytes(40)))), "sections are"),
+    "unnamed": (sealed(header() + parts(head=section(b"", FLOAT, (10,), bytes(40)))), "sections are"),
+    "name not ascii": (
+        sealed(header() + parts(head=section(b"h\xffad", FLOAT, (10,), bytes(40)))),
+        "section 4 of 4 is not readable",
+    ),
+    "encoding unknown": (
+        sealed(header() + parts(head=section(b"head", 77, (10,), bytes(40)))),
+        "section 4 of 4 is not readable",
+    ),
+    "encoding other": (
+        sealed(header() + parts(head=section(b"head", PACKED, (10,), bytes(40)))),
+        "section head is PACKED, expected FLOAT32",
+    ),
+    "positions as floats": (
+        sealed(header() + parts(positions=section(b"positions", FLOAT, (ROWS, 2), bytes(8 * ROWS)))),
+        "section positions is FLOAT32, expected PACKED",
+    ),
+    "shape": (
+        sealed(header() + parts(bank=section(b"bank", FLOAT, (4, 6), bytes(96)))),
+        r"section bank has shape \(4, 6\), expected \(6, 4\)",
+    ),
+    "no axes": (
+        sealed(header() + parts(head=section(b"head", FLOAT, (), bytes(40)))),
+        r"section head has shape \(\), expected \(10,\)",
+    ),
+    "axes": (
+        sealed(header() + parts(head=section(b"head", FLOAT, (1,) * 255, bytes(40)))),
+        "section head has 255 axes, expected at most 4",
+    ),
+    "payload short": (
+        sealed(header() + parts(head=section(b"head", FLOAT, (10,), bytes(39)))),
+        "section head has 39 bytes, expected 40",
+    ),
+    "payload long": (
+        sealed(header() + parts(positions=section(b"positions", PACKED, (ROWS, 2), bytes(99)))),
+        "section positions has 99 bytes, expected",
+    ),
+    "length beyond the end": (
+        sealed(header() + parts(head=section(b"head", FLOAT, (10,), bytes(40), 41))),
+        "section head declares 41 bytes, 40 are left",
+    ),
+    "length of 2^64 - 1": (
+        sealed(header() + parts(head=section(b"head", FLOAT, (10,), bytes(40), (1 << 64) - 1))),
+        "section head declares 18446744073709551615 bytes, 40 are left",
+    ),
+    "shape of 2^128": (
+        sealed(header() + parts(bank=section(b"bank", FLOAT, ((1 << 32) - 1,) * 4, bytes(96)))),
+        r"section bank has shape \(4294967295, ",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_wrong_blob_is_refused_in_words_and_allocates_nothing(kind):
+    blob, fault = REFUSED[kind]
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError, match=fault):
+            decode_update(blob, BLUEPRINT)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spec": replace(BLUEPRINT.spec, seed=12)},
+        {"labels": ("b", "a")},
+        {"model": "toy-5"},
+        {"linears": BLUEPRINT.linears[::-1]},
+    ],
+)
+def test_a_blob_of_another_adapter_is_refused(change):
+    other = replace(BLUEPRINT, **change)
+    for blob, decode in DECODERS.values():
+        with pytest.raises(WireError, match="made for adapter"):
+            decode(blob, other)
+
+
+def test_a_state_that_is_not_what_its_digest_names_is_refused():
+    blob = bytearray(STATE[:-4])
+    blob[-1] ^= 1
+    with pytest.raises(WireError, match=r"content has digest [0-9a-f]{32}, expected"):
+        decode_state(sealed(bytes(blob)), BLUEPRINT)
+    start = bytearray(encode_state(initial_state(BLUEPRINT), BLUEPRINT)[:-4])
+    start[32] ^= 1  # version 0 is drawn, not sent: its digest still has to fit
+    with pytest.raises(WireError, match="content has digest"):
+        decode_state(sealed(bytes(start)), BLUEPRINT)
+
+
+def _state(dense: dict | None = None, **topk: np.ndarray) -> State:
+    state = make_state()
+    return replace(state, dense={**state.dense, **(dense or {})}, topk=replace(state.topk, **topk))
+
+
+@pytest.mark.parametrize(
+    ("state", "fault"),
+    [
+        (_state({"bank": np.full((6, 4), np.nan, np.float32)}), "bank holds 24 numbers that are not finite"),
+        (_state(positions=np.tile(np.array([6, 7], np.int32), (ROWS, 1))), "positions run from 6 to 7"),
+        (_state(positions=np.zeros((ROWS, 2), np.int32)), "a row names one position twice"),
+        (_state(gaps=np.full((ROWS, 1), -1, np.float32)), "gaps are not rising"),
+    ],
+)
+def test_a_state_that_no_client_could_load_is_refused(state, fault):
+    """Its digest fits, a server made it so; in a client's model it would be an index out of range."""
+    with pytest.raises(WireError, match=f"^state: .*{fault}"):
+        decode_state(encode_state(state, BLUEPRINT), BLUEPRINT)
