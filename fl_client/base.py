@@ -115,9 +115,8 @@ def load_base(
         hub_is_off = os.environ.get("HF_HUB_OFFLINE") and not Path(source).is_dir()
         offline = " (offline: HF_HUB_OFFLINE is set)" if hub_is_off else ""
         raise ModelError(f"--model: {model} cannot be loaded{offline}: {_first_line(error)}") from error
-    if (
-        not labels and getattr(loaded.config, "is_decoder", True) is False
-    ):  # only models that can be either say
+    decoder = getattr(loaded.config, "is_decoder", None)  # None where a model cannot be anything else
+    if decoder is False and not labels:
         raise ModelError(
             f"--model: {model} is an encoder, where a token sees those after it; language modelling needs a "
             "decoder (Llama, GPT-2, ...), classification needs a label column"
@@ -170,5 +169,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].rstrip().endswith(":"):  # it only announces the next
+        return f"{lines[0].rstrip()} {lines[1].strip()}"
+    return lines[0] if lines else type(error).__name__

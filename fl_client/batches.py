@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Batch", "Examples", "collate", "plan_round", "shard"]
+__all__ = ["Batch", "Examples", "Shape", "collate", "padding", "plan_lengths", "plan_round", "shard"]
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 Indices = NDArray[np.int64]
+Shape = NDArray[np.int64]  # (steps, 2) rows and longest text of each batch of a round
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Examples:
 
     def take(self, indices: Indices) -> Examples:
         """The examples at `indices`, in that order."""
-        starts = np.concatenate([[0], np.cumsum(self.lengths[indices])])
-        parts = [self.text(int(index)) for index in indices]
-        tokens = np.concatenate(parts) if parts else self.tokens[:0]
-        return Examples(tokens, starts.astype(np.int64), self.targets[indices])
+        lengths = self.starts[indices + 1] - self.starts[indices]
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        places = np.arange(starts[-1]) + np.repeat(self.starts[indices] - starts[:-1], lengths)
+        return Examples(self.tokens[places], starts, self.targets[indices])
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,27 @@ def plan_round(examples: Examples, steps: int, batch_size: int, seed: Sequence[i
         batch_size: examples a step; fewer where the client holds fewer.
         seed: names the draw, such as (seed, round, client).
     """
+    return plan_lengths(examples.lengths, steps, batch_size, seed)
+
+
+def plan_lengths(lengths: Indices, steps: int, batch_size: int, seed: Sequence[int]) -> list[Indices]:
+    """As `plan_round`, from the lengths of a client's texts alone."""
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(list(seed))))
-    size = min(batch_size, len(examples))
-    passes = -(-steps * size // len(examples))
-    drawn = np.concatenate([generator.permutation(len(examples)) for _ in range(passes)])[: steps * size]
-    by_length = drawn[np.argsort(-examples.lengths[drawn], kind="stable")]
+    size = min(batch_size, len(lengths))
+    passes = -(-steps * size // len(lengths))
+    drawn = np.concatenate([generator.permutation(len(lengths)) for _ in range(passes)])[: steps * size]
+    by_length = drawn[np.argsort(-lengths[drawn], kind="stable")]
     return [np.asarray(part, np.int64) for part in by_length.reshape(steps, size)]
+
+
+def padding(shapes: Sequence[Shape]) -> float:
+    """Tokens of clients trained side by side over their tokens one after another: what padding costs."""
+    steps = max(len(shape) for shape in shapes)
+    widest = np.zeros((steps, 2), np.int64)
+    for shape in shapes:
+        widest[: len(shape)] = np.maximum(widest[: len(shape)], shape)
+    alone = sum(int(shape.prod(axis=1).sum()) for shape in shapes)
+    return len(shapes) * int(widest.prod(axis=1).sum()) / max(1, alone)
 
 
 def shard(count: int, index: int, shards: int) -> Indices:
@@ -97,18 +113,17 @@ def shard(count: int, index: int, shards: int) -> Indices:
 def collate(parts: Sequence[tuple[Examples, Indices]], pad: int, device: torch.device) -> Batch:
     """Pad the rows of C clients to one batch. A part is a client's examples and the rows to take, if any."""
     rows = max(len(indices) for _, indices in parts)
-    longest = max(
-        (int(examples.lengths[indices].max()) for examples, indices in parts if len(indices)), default=1
-    )
-    tokens = np.full((len(parts) * rows, max(1, longest)), pad, np.int64)
+    lengths = [examples.starts[indices + 1] - examples.starts[indices] for examples, indices in parts]
+    longest = max(int(part.max(initial=1)) for part in lengths)
+    tokens = np.full((len(parts) * rows, longest), pad, np.int64)
     mask = np.zeros_like(tokens)
     mask[:, 0] = 1  # attention over nothing is NaN; rows that only fill up look at one pad token
     targets = np.full(len(tokens), IGNORED, np.int64)
     for client, (examples, indices) in enumerate(parts):
-        for row, index in enumerate(indices, start=client * rows):
-            text = examples.text(int(index))
-            tokens[row, : len(text)] = text
-            mask[row, : len(text)] = 1
-            targets[row] = examples.targets[index]
+        own = slice(client * rows, client * rows + len(indices))
+        real = np.arange(longest) < lengths[client][:, None]
+        tokens[own][real] = examples.take(indices).tokens
+        mask[own][real] = 1
+        targets[own] = examples.targets[indices]
     to = [torch.from_numpy(array).to(device, non_blocking=True) for array in (tokens, mask, targets)]
     return Batch(*to)

@@ -27,7 +27,8 @@ class HazardSettings:
     """How often clients fail. Both are 0 in a deployment, where nobody needs to simulate them.
 
     Attributes:
-        dropout: chance that a sampled client never answers.
+        dropout: chance that a sampled client gives no update. It says so at once, and nobody waits for a
+            deadline: the history names it among the rejected, and the round goes on without it.
         stragglers: chance that one is stopped early, after 1 to all but one of its steps.
     """
 

@@ -56,8 +56,8 @@ class AdamW:
         clipping = self._clip(gradients)
         for name, tensor in tensors.items():
             gradient = gradients[name] if clipping is None else gradients[name] * _as(clipping, tensor)
-            if active is not None:
-                gradient = gradient * _as(active, tensor)
+            if active is not None:  # not by a product: 0 * NaN is NaN
+                gradient = torch.where(_as(active, tensor) > 0, gradient, 0.0)
             if name not in self._first:
                 self._first[name], self._second[name] = torch.zeros_like(tensor), torch.zeros_like(tensor)
             first, second = self._first[name], self._second[name]

@@ -80,7 +80,7 @@ def _train(site: Site, questions: Sequence[Question], on_step: OnStep | None) ->
     trained = site.train_clients(
         state, working, round_number=number, scale=float(asked.config["lr-scale"]), on_step=on_step
     )
-    for client, result in zip(working, trained, strict=True):
+    for client, result in trained:
         metrics = {"train-loss": result.loss, "examples": result.examples, "steps": result.steps}
         yield Answer(client, encode_update(result.update, site.blueprint), metrics)
 

@@ -6,13 +6,13 @@ A deployed site serves one client; a simulation's process serves many virtual on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_client.batches import Examples, shard
+from fl_client.batches import Examples, Shape, padding, plan_lengths, shard
 from fl_client.cohort import CohortSizer
 from fl_client.hazards import Fate
 from fl_client.settings import SiteSettings
@@ -85,11 +85,11 @@ class Site:
         round_number: int,
         scale: float,
         on_step: OnStep | None = None,
-    ) -> Iterator[Trained]:
-        """Train clients from one state, cohort after cohort, in their order.
+    ) -> Iterator[tuple[int, Trained]]:
+        """Train clients from one state, cohort after cohort; yields (client, what it did), in any order.
 
         The draw of batches depends on (seed, round, client) alone, so the division into cohorts changes no
-        result.
+        result. Clients of much the same work are trained together: that saves padding.
 
         Args:
             state: the reference.
@@ -111,7 +111,15 @@ class Site:
                 on_step=on_step,
             )
 
-        yield from self.sizer.run(list(steps), train)
+        shapes = self._shapes(steps, round_number)
+        ordered = _by_work(shapes)
+        results = self.sizer.run(ordered, train, lambda group: padding([shapes[client] for client in group]))
+        yield from zip(ordered, results, strict=True)
+
+    def by_work(self, clients: Iterable[int], round_number: int) -> list[int]:
+        """Clients ordered by what they have to do in a round, most first."""
+        fates = {client: self.fate(round_number, client) for client in clients}
+        return _by_work(self._shapes({client: fate.steps for client, fate in fates.items()}, round_number))
 
     def evaluate(self, state: State, index: int, shards: int) -> dict[str, float]:
         """Sums of the task's metrics over one of `shards` parts of the held-out texts."""
@@ -119,5 +127,26 @@ class Site:
         return evaluate(self.model, self.task, state, self.test.take(rows), pad=self.pad)
 
     def _job(self, client: int, steps: int, round_number: int) -> Job:
-        seed = (self.settings.data.seed, round_number, client)
-        return Job(str(client), self.train.take(self.parts[client]), seed, steps)
+        return Job(str(client), self.train.take(self.parts[client]), self._seed(client, round_number), steps)
+
+    def _seed(self, client: int, round_number: int) -> tuple[int, ...]:
+        return self.settings.data.seed, round_number, client
+
+    def _shapes(self, steps: Mapping[int, int], round_number: int) -> dict[int, Shape]:
+        """The batches that each client will train on: rows and longest text, step by step."""
+        lengths, shapes = self.train.lengths, {}
+        for client, count in steps.items():
+            own = lengths[self.parts[client]]
+            size, seed = self.settings.local.batch_size, self._seed(client, round_number)
+            plan = plan_lengths(own, count, size, seed) if count else []
+            rows = [(len(part), own[part].max()) for part in plan]
+            shapes[client] = np.array(rows, np.int64).reshape(-1, 2)
+        return shapes
+
+
+def _by_work(shapes: Mapping[int, Shape]) -> list[int]:
+    """Most steps first, then most rows, then most tokens; equals in their order."""
+    return sorted(
+        shapes,
+        key=lambda client: (-len(shapes[client]), *(-shapes[client].sum(axis=0, initial=0)).tolist()),
+    )

@@ -116,15 +116,19 @@ class CausalLM:
         }
 
     def _token_losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(rows, T - 1) loss of each predicted token, 0 outside completions, and where it counts."""
+        """(rows, T) loss of the token after each, 0 where it does not count; (rows, T - 1) where it does.
+
+        The last place predicts nothing. It is kept: flat logits are those of the model, not a copy.
+        """
         places = torch.arange(1, batch.tokens.shape[1], device=batch.tokens.device)
         leading = torch.where(batch.targets == IGNORED, batch.tokens.shape[1], batch.targets)
         real = (batch.mask[:, 1:] > 0) & (places >= leading.unsqueeze(1))
         wanted = torch.where(real, batch.tokens[:, 1:], IGNORED)
+        wanted = functional.pad(wanted, (0, 1), value=IGNORED)
         losses = functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
+            logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        return losses, real
+        return losses.view(wanted.shape), real
 
 
 def _examples(ids: Sequence[Sequence[int]], targets: Sequence[int]) -> Examples:

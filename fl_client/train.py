@@ -32,8 +32,7 @@ class LocalSettings:
         batch_size: texts a step.
         lr_bank, lr_logits, lr_rows, lr_head: learning rates by tensor; `rows` are LoRA's.
         warmup: share of the steps over which the rates rise: Adam's first steps, of a round too, are all
-        sign and
-            no size.
+            sign and no size.
         clip_norm: largest gradient norm; 0 is off.
     """
 

@@ -6,11 +6,13 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fl_server.exchange import Kind, Reply, Request, client_order
+from fl_server.history import History
 from fl_server.observer import LogObserver
 from fl_server.rounds import run_rounds
 from fl_server.settings import ServerSettings
@@ -42,6 +44,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the rounds. A grid may bring its own `observer`."""
     try:
         settings = ServerSettings.from_run_config(context.run_config)
+        History(Path(settings.out)).check(settings.resume)  # before anyone loads a model for nothing
         exchange = GridExchange.meet(grid, settings.clients, settings.wait_seconds)
         run_rounds(exchange, settings, getattr(grid, "observer", None) or LogObserver(log))
     except FedVBError as error:

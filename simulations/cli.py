@@ -65,7 +65,7 @@ def simulate(
     data: Annotated[
         str,
         typer.Option(
-            help="docstrings (real text of this machine's Python libraries), a csv/tsv/json/jsonl/parquet file, "
+            help="docstrings (text of this machine's Python libraries), a csv/tsv/json/jsonl/parquet file, "
             "a folder with train/dev/test files, or a hub data set id.",
             rich_help_panel="Data",
         ),
@@ -178,7 +178,9 @@ def simulate(
     cohort: Annotated[
         int, typer.Option(help="Clients trained in one forward; 0 chooses.", rich_help_panel="Run")
     ] = 0,
-    workers: Annotated[int, typer.Option(help="Processes; 0 is one a GPU.", rich_help_panel="Run")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, metavar="INTEGER", help="Processes; 0 is one a GPU.", rich_help_panel="Run")
+    ] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Run directory; default runs/NAME.", rich_help_panel="Run")
     ] = None,

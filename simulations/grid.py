@@ -18,7 +18,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_server.observer import Observer
-from vblora.errors import FedVBError
+from vblora.errors import FedVBError, RunError
 
 __all__ = ["Handle", "InProcessGrid", "one_by_one", "run_server_app"]
 
@@ -39,8 +39,8 @@ class InProcessGrid(Grid):
     `handle` gets all messages of one type that a push holds, in their order, so that it can train a whole
     round as one cohort. It runs while replies are pulled. A `FedVBError` becomes an error reply of the
     message that caused it: where several were handled together, those not yet answered are handled again,
-    one at a time. A message left without a reply gets an error reply, so nobody waits for it. Every other
-    exception goes through.
+    one at a time. A message left without a reply gets an error reply, so nobody waits for it. A `RunError`
+    concerns the run, not a client: it goes through, as every other exception does.
 
     Attributes:
         observer: of the rounds, for the server app to find; None lets it log.
@@ -150,7 +150,7 @@ class InProcessGrid(Grid):
                 if group.pop(reply.metadata.reply_to_message_id, None) is not None:
                     yield reply
         except FedVBError as error:
-            if not group:
+            if isinstance(error, RunError) or not group:
                 raise
             if len(group) == 1:
                 (message,) = group.values()

@@ -65,8 +65,8 @@ def summary_table(summary: dict[str, Any], run: Path) -> Table:
     table.add_column(justify="right", overflow="fold")
     rows = {
         "adapter": summary["adapter"],
-        "model": Path(summary["model"]).name,
-        "data": Path(summary["data"]).name,
+        "model": _short(summary["model"]),
+        "data": _short(summary["data"]),
         f"{score['metric']} at the start": f"{score['start']:.4f}",
         f"{score['metric']} at the end": f"{score['final']:.4f}",
         f"best {score['metric']}": f"{score['best']:.4f}",
@@ -93,6 +93,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def _short(name: str) -> str:
+    """The last part of a path; hub ids, OWNER/NAME, stay whole."""
+    return Path(name).name if name.count("/") > 1 else name
 
 
 def _curve(records: Sequence[dict[str, Any]]) -> tuple[list[int], list[int], list[float]]:

@@ -1,7 +1,8 @@
 """Several processes at one simulation: this one and its helpers, one a GPU (or a few on a CPU).
 
-Every process holds its own base model. Questions are handed out in small pieces to whoever is free, so
-uneven clients do not leave a process idle; what a client answers depends on nothing but the question.
+Every process holds its own base model. Questions are handed out in pieces to whoever is free, those that take
+longest first, so uneven clients do not leave a process idle; what a client answers depends on nothing but the
+question.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fl_client.cohort import ON_CPU
 from fl_client.opening import open_site
 from fl_client.serve import Answer, Question, answer
 from fl_client.settings import SiteSettings
@@ -93,20 +94,39 @@ class Workers:
         ]
         for feeder in feeders:
             feeder.start()
-        while piece := _take(pieces):
-            yield from answer(self._site, piece, on_step)
-            while not ready.empty():
-                yield _checked(ready.get())
-        for feeder in feeders:
-            feeder.join()
-        while not ready.empty():
-            yield _checked(ready.get())
+        try:
+            while piece := _take(pieces):
+                for found in answer(self._site, piece, on_step):
+                    yield found
+                    yield from _taken(ready)
+            for feeder in feeders:
+                feeder.join()
+            yield from _taken(ready)
+        finally:  # after an error too: no answer to these questions may reach the next caller
+            pieces.clear()
+            for feeder in feeders:
+                feeder.join()
 
     def _pieces(self, questions: Sequence[Question]) -> Iterator[Piece]:
-        """One client at a time on a CPU; on GPUs an even share each, which is then trained in cohorts."""
-        size = 1 if self._site.model.device.type == "cpu" else -(-len(questions) // self._count)
-        size = self._site.settings.cohort or size
-        return (list(questions[start : start + size]) for start in range(0, len(questions), size))
+        """Even shares on GPUs, unless the size of a cohort is given; on a CPU cohorts, small ones last."""
+        ordered, cohort = self._ordered(questions), self._site.settings.cohort
+        if self._site.model.device.type == "cpu":
+            while ordered:
+                size = max(1, min(cohort or ON_CPU, len(ordered) // (2 * self._count)))
+                yield ordered[:size]
+                ordered = ordered[size:]
+        elif cohort:
+            yield from (ordered[start : start + cohort] for start in range(0, len(ordered), cohort))
+        else:
+            yield from (share for at in range(self._count) if (share := ordered[at :: self._count]))
+
+    def _ordered(self, questions: Sequence[Question]) -> Piece:
+        """Training: the client with most to do first."""
+        if questions[0].kind != "train":
+            return list(questions)
+        by_client = {question.client: question for question in questions}
+        number = int(questions[0].config["round"])
+        return [by_client[client] for client in self._site.by_work(by_client, number)]
 
 
 def _device(first: torch.device, number: int) -> str:
@@ -125,34 +145,35 @@ def _feed(connection: Connection, pieces: deque[Piece], ready: queue.SimpleQueue
     try:
         while piece := _take(pieces):
             connection.send(piece)
-            for found in connection.recv():
+            while (found := connection.recv()) is not None:
                 ready.put(found)
     except (EOFError, OSError) as error:
-        ready.put(
-            RunError(
-                f"a worker process died ({type(error).__name__}); the round can be resumed with --resume"
-            )
-        )
+        advice = "go on with --resume, with fewer --workers if memory was short"
+        ready.put(RunError(f"a worker process died ({type(error).__name__}); {advice}"))
 
 
-def _checked(found: Answer | BaseException) -> Answer:
-    if isinstance(found, BaseException):
-        raise found
-    return found
+def _taken(ready: queue.SimpleQueue[Answer | BaseException]) -> Iterator[Answer]:
+    """What the others have answered so far; raises what they raised."""
+    while not ready.empty():
+        found = ready.get()
+        if isinstance(found, BaseException):
+            raise found
+        yield found
 
 
 def _serve(connection: Connection, settings: SiteSettings, threads: int) -> None:
     """The life of a helper process: open the site when first asked, then answer piece after piece."""
     torch.set_num_threads(threads)
-    answers = partial(answer, on_step=None)
     try:
         while True:
             piece: Piece = connection.recv()
             try:
-                connection.send(list(answers(open_site(settings), piece)))
+                for found in answer(open_site(settings), piece):
+                    connection.send(found)
             except FedVBError as error:
-                connection.send([error])
+                connection.send(error)
             except Exception:
-                connection.send([RunError(f"a worker process failed: {traceback.format_exc(limit=-3)}")])
+                connection.send(RunError(f"a worker process failed: {traceback.format_exc(limit=-3)}"))
+            connection.send(None)  # the piece is done
     except (EOFError, OSError, KeyboardInterrupt):
         return  # the simulation has ended

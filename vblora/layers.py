@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 __all__ = ["AdaptedLinear", "HeadLinear"]
@@ -37,16 +40,62 @@ class AdaptedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
+        base = self.base
         if self.factors is None:
+            y: Tensor = base(x)
             return y
+        if type(base) is nn.Linear and not base.weight.requires_grad:
+            return _adapted(x, *self.factors, base.weight, base.bias, self.scaling)
         a, b = self.factors
-        clients, out = len(a), y.shape[-1]
-        if clients == 1:
-            inner = functional.linear(x.reshape(-1, x.shape[-1]), a[0])
-            return torch.addmm(y.view(-1, out), inner, b[0], alpha=self.scaling).view(y.shape)
-        inner = torch.bmm(x.reshape(clients, -1, x.shape[-1]), a.transpose(1, 2))
-        return torch.baddbmm(y.view(clients, -1, out), inner, b, alpha=self.scaling).view(y.shape)
+        flat = base(x).reshape(len(a), -1, b.shape[-1])
+        inner = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.transpose(1, 2))
+        return torch.baddbmm(flat, inner, b, alpha=self.scaling).view(*x.shape[:-1], b.shape[-1])
+
+
+class _Adapted(torch.autograd.Function):
+    """`W x + s B A x` over a frozen W in one node: the low-rank paths are added in place, both ways.
+
+    As plain operations it would take half a dozen nodes, a copy of y, and one more gradient of x to add.
+    Axes: C clients, m rows of each; x (C * m, in), a (C, r, in), b (C, r, out).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, scaling: float
+    ) -> Tensor:
+        clients = len(a)
+        y = functional.linear(x, weight, bias)
+        inner = torch.bmm(x.view(clients, -1, x.shape[-1]), a.transpose(1, 2))
+        if scaling != 1:
+            inner *= scaling
+        y.view(clients, -1, y.shape[-1]).baddbmm_(inner, b)
+        ctx.save_for_backward(x, a, b, weight, inner)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
+        x, a, b, weight, inner = ctx.saved_tensors
+        clients = len(a)
+        of_y = gradient.reshape(clients, -1, gradient.shape[-1])
+        of_inner = torch.bmm(of_y, b.transpose(1, 2))
+        if ctx.scaling != 1:
+            of_inner *= ctx.scaling
+        of_b = torch.bmm(inner.transpose(1, 2), of_y)
+        of_a = torch.bmm(of_inner.transpose(1, 2), x.view(clients, -1, x.shape[-1]))
+        if not ctx.needs_input_grad[0]:
+            return None, of_a, of_b, None, None, None
+        of_x = gradient.reshape(len(x), -1) @ weight
+        of_x.view(clients, -1, x.shape[-1]).baddbmm_(of_inner, a)
+        return of_x, of_a, of_b, None, None, None
+
+
+def _adapted(x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    """`_Adapted` for x of any shape (C * n, ..., in)."""
+    flat = x.reshape(-1, x.shape[-1])
+    y: Tensor = _Adapted.apply(flat, a, b, weight, bias, scaling)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], -1)
 
 
 class HeadLinear(nn.Module):

@@ -102,6 +102,9 @@ class AdaptedModel:
         if faults := list(_misfits(base, blueprint)):
             raise ModelError("base model does not fit the adapter: " + "; ".join(faults))
         self.base = base.eval().requires_grad_(False)
+        config: Any = getattr(base, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # nobody asks for the keys of a batch again
         self.blueprint = blueprint
         parameter = next(base.parameters())
         self.device = parameter.device
@@ -160,7 +163,8 @@ class AdaptedModel:
 
     def _factor(self, rows: Tensor, side: int) -> Tensor:
         """Rows (C, r * m, b) of one factor as (C, r, side); the last of the m sub-vectors may be cut."""
-        return rows.reshape(len(rows), self.blueprint.spec.rank, -1)[..., :side]
+        factor = rows.reshape(len(rows), self.blueprint.spec.rank, -1)
+        return factor if factor.shape[-1] == side else factor[..., :side]
 
     def _bind_head(self, flat: Tensor) -> None:
         sizes = [tensor.size for tensor in self.blueprint.head]

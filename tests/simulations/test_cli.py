@@ -64,6 +64,8 @@ def refused(outcome: Outcome, run: Path) -> str:
         ("--alpha -1", "alpha is -1"),
         ("--target-modules nope", "'nope' fits no linear layer; the base has dense, key, query, value"),
         ("--cohort -1", "cohort is -1"),
+        ("--workers -1", "'--workers': -1 is not in the range x>=0"),
+        ("--dropout 1", "dropout is 1.0, expected 0 to below 1"),
         ("--rounds 0", "rounds is 0"),
         ("--rounds many", "'--rounds': 'many' is not a valid integer"),
         ("--lr-bank fast", "'--lr-bank': 'fast' is not a valid float"),

@@ -112,7 +112,8 @@ def test_causal_lm_in_peft(fedvb: Run, assets: Path, tmp_path: Path):
         shown = fedvb("export", "run", "--form", form, "--out", form)
         assert (shown.code, shown.err) == (0, "")
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        torch.testing.assert_close(theirs(model, tmp_path / form, tokens), expected, rtol=0, atol=1e-5)
+        found = theirs(model, tmp_path / form, tokens)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # logits of 10 and more
 
 
 def test_cut_rows_are_refused(fedvb: Run, small: list[str], tmp_path: Path):

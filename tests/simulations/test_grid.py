@@ -101,6 +101,15 @@ def test_errors_come_out_of_the_server_app_and_are_logged_once(
         run_server_app(app, grid, run_config(tmp_path, clients=6, wait_seconds=0))
 
 
+def test_a_taken_place_is_refused_before_anyone_is_asked(tmp_path: Path):
+    def never(messages: list[Message], contexts: list[Context]) -> list[Message]:
+        raise AssertionError("a client was asked")
+
+    (tmp_path / "history.jsonl").touch()
+    with pytest.raises(RunError, match="taken by a run"):
+        run_server_app(app, InProcessGrid(never, 5), run_config(tmp_path))
+
+
 def test_observer_of_the_grid_is_told(tmp_path: Path):
     told: list[str] = []
 

@@ -88,10 +88,14 @@ def test_killed_twice_and_resumed(adapter: str, tiny_bert: Path, topics: Path, t
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_stops_cleanly(workers: int, tiny_bert: Path, topics: Path, tmp_path: Path):
     whole = small_config(tiny_bert, topics, tmp_path / "whole", **LONG)
-    simulate(whole)
+    at_work = [
+        "--workers",
+        str(workers),
+    ]  # it decides who trains with whom: equal to the bit for equal numbers
+    finish([*typed(whole), *at_work])
 
     out = tmp_path / "stopped"
-    process = start([*typed({**whole, "out": str(out)}), "--workers", str(workers)])
+    process = start([*typed({**whole, "out": str(out)}), *at_work])
     wait_for_round(process, out, 2)
     os.killpg(process.pid, signal.SIGINT)
     shown, errors = process.communicate(timeout=60)
@@ -99,7 +103,7 @@ def test_ctrl_c_stops_cleanly(workers: int, tiny_bert: Path, topics: Path, tmp_p
     told = f"stopped: round 2 is saved; go on with: fedvb simulate --resume --out {out}"
     assert shown.splitlines()[-1] == told
 
-    finish(["--resume", "--out", str(out)])
+    finish(["--resume", "--out", str(out), *at_work])
     assert read_history(out) == read_history(tmp_path / "whole")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from vblora.layers import AdaptedLinear, HeadLinear
@@ -22,8 +22,9 @@ def bases() -> dict[str, nn.Module]:
 @pytest.mark.parametrize("kind", bases())
 @pytest.mark.parametrize("shape", INPUTS)
 @pytest.mark.parametrize("scaling", [1.0, 0.25])
-def test_each_client_meets_its_own_factors(kind, shape, scaling):
-    base, x = bases()[kind], INPUTS[shape]
+@pytest.mark.parametrize("frozen", [True, False])
+def test_each_client_meets_its_own_factors(kind, shape, scaling, frozen):
+    base, x = bases()[kind].requires_grad_(not frozen), INPUTS[shape]
     layer = AdaptedLinear(base, scaling)
     layer.factors = (A, B)
     parts = [base(part) + scaling * (part @ a.T) @ b for part, a, b in zip(x.chunk(3), A, B, strict=True)]
@@ -31,6 +32,36 @@ def test_each_client_meets_its_own_factors(kind, shape, scaling):
     for client, part in enumerate(x.chunk(3)):
         layer.factors = (A[client : client + 1], B[client : client + 1])
         torch.testing.assert_close(layer(part), parts[client], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", bases())
+@pytest.mark.parametrize("shape", INPUTS)
+@pytest.mark.parametrize(("clients", "scaling"), [(1, 1.0), (3, 1.0), (3, 0.25)])
+@pytest.mark.parametrize("first", [True, False])
+def test_gradients_are_those_of_the_outputs(kind, shape, clients, scaling, first):
+    """By finite differences; the first layer's input needs none."""
+    layer = AdaptedLinear(bases()[kind].double().requires_grad_(False), scaling)
+    inputs = [INPUTS[shape].double(), A[:clients].double(), B[:clients].double()]
+    for tensor in inputs[first:]:
+        tensor.requires_grad_()
+
+    def outputs(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        layer.factors = (a, b)
+        return layer(x)
+
+    assert torch.autograd.gradcheck(outputs, inputs)
+
+
+def test_an_input_of_another_memory_order_is_no_other_input():
+    layer = AdaptedLinear(nn.Linear(6, 5).requires_grad_(False), 0.5)
+    layer.factors = (A, B)
+    x = INPUTS["tokens"].clone().requires_grad_()
+    strided = INPUTS["tokens"].transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    weights = torch.randn(5, 6, 4).permute(1, 2, 0)  # a gradient that is not contiguous either
+    for tensor in (x, strided):
+        (layer(tensor) * weights).sum().backward()
+    assert torch.equal(layer(x), layer(strided))
+    torch.testing.assert_close(x.grad, strided.grad)
 
 
 def test_without_factors_it_is_the_frozen_layer():

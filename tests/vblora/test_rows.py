@@ -180,6 +180,42 @@ def test_selections_read_what_the_logits_say():
     assert topk.gaps.dtype == np.float32
 
 
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_a_state_made_of_a_selection_has_the_rows_that_were_trained(k):
+    """The levels of logits stay behind, the mixtures do not."""
+    spec = replace(VBLORA, num_vectors=300, topk=k)
+    source = MixedRows(blueprint(spec), CPU)
+    tensors = source.load(make_state(blueprint(spec)), 1)
+    with torch.no_grad():
+        tensors["logits"] += torch.randn(tensors["logits"].shape, generator=torch.Generator().manual_seed(0))
+    rows = source.rows(tensors).detach()
+    (topk,) = source.selections(tensors)
+    bank = {"bank": tensors["bank"][0].detach().numpy()}
+    again = source.rows(source.load(State(1, bank, topk), 1))
+    torch.testing.assert_close(again, rows, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_gpu_selects_grows_and_mixes_as_a_cpu_does():
+    spec = replace(VBLORA, num_vectors=300)
+    found = {}
+    for device in ("cpu", "cuda"):
+        source = MixedRows(blueprint(spec), torch.device(device), width=1)
+        tensors = source.load(initial_state(blueprint(spec)), 2)
+        with torch.no_grad():
+            tensors["logits"][1, source._candidates.width - 1] = 9.0
+        grown = source.growth()["logits"].expand(2, -1)
+        tensors["logits"] = torch.cat([tensors["logits"].detach(), grown], dim=1).requires_grad_()
+        rows = source.rows(tensors)
+        gradients = torch.autograd.grad(rows.square().sum(), list(tensors.values()))
+        numbers = [part.detach().cpu() for part in (rows, *gradients, source._candidates.order)]
+        found[device] = numbers, source.selections(tensors)
+    for one, other in zip(found["cpu"][0], found["cuda"][0], strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(found["cpu"][1], found["cuda"][1], strict=True):
+        assert one.same_rows(other).all()
+
+
 def test_free_rows_are_the_tensor_itself():
     state = make_state(blueprint(LORA))
     source = row_source(blueprint(LORA), CPU)

@@ -1,0 +1,204 @@
+"""Many clients that cost nothing by themselves: what the engine adds to a round, and what it keeps in memory."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from fl_client.assembly import Texts, assemble
+from fl_client.base import Base
+from fl_client.serve import Answer, Question, answer
+from fl_client.settings import AdapterSettings, DataSettings, SiteSettings
+from fl_client.site import Site
+from fl_client.train import LocalSettings
+from simulations.bench.shapes import LABELS, SHAPES, Shape, build, make_examples
+from vblora.model import describe_base, find_head, find_linears
+from vblora.spec import Blueprint, VBLoRASpec
+from vblora.state import Update
+from vblora.wire import decode_state, encode_update
+
+__all__ = ["measure_overhead", "measure_scale"]
+
+MB = 1e6
+OPAQUE = 100_000  # bytes each way, as in the measurement of Ray that this is compared with
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 2000,
+    "num_labels": len(LABELS),
+}
+
+
+def measure_overhead(clients: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a round of clients that do no training: bytes carried to and fro, and whole rounds of MiniLM's
+    adapter, encoded, decoded, checked and averaged."""
+    with TemporaryDirectory() as folder:
+        records = _run(_Idle(), Path(folder) / "run", clients, clients, rounds)
+    seconds = [record["seconds"] for record in records[1:]]
+    return {
+        "clients": clients,
+        "opaque_bytes": OPAQUE,
+        "opaque_seconds": statistics.median(_carried(clients) for _ in range(rounds)),
+        "update_bytes": records[1]["bytes"]["up_per_client"],
+        "wire_seconds": statistics.median(seconds[:-1] or seconds),  # the last round is evaluated as well
+    }
+
+
+def measure_scale(clients: int, per_round: int, rounds: int) -> dict[str, Any]:
+    """Memory of this process after each round of a real run over a tiny encoder, megabytes.
+
+    Call it in a fresh process.
+    """
+    before = _resident()
+    site = _tiny_site(clients)
+    opened = _resident()
+    with TemporaryDirectory() as folder:
+        curve: list[float] = []
+        records = _run(partial(answer, site), Path(folder) / "run", clients, per_round, rounds, curve)
+    return {
+        "clients": clients,
+        "per_round": per_round,
+        "rounds": rounds,
+        "mb_before": before,
+        "mb_with_data_and_model": opened,
+        "mb_after_round": curve,
+        "mb_grown": curve[-1] - curve[0],
+        "seconds_a_round": statistics.median(record["seconds"] for record in records[1:]),
+    }
+
+
+def _run(
+    answers: Any, out: Path, clients: int, per_round: int, rounds: int, curve: list[float] | None = None
+) -> list[dict[str, Any]]:
+    """The real ServerApp over our grid and the real records of the ClientApp; the history."""
+    from fl_client.app import handle
+    from fl_server.app import app
+    from fl_server.observer import LogObserver
+    from simulations.grid import InProcessGrid, run_server_app
+
+    class Watching(LogObserver):
+        def round_finished(self, record: Any) -> None:
+            if curve is not None:
+                curve.append(_resident())
+
+    config: dict[str, Any] = {
+        "out": str(out),
+        "clients": clients,
+        "clients-per-round": per_round,
+        "rounds": rounds,
+        "eval-every": rounds + 1,
+    }
+    grid = InProcessGrid(partial(handle, answers=answers), clients, config, Watching())
+    run_server_app(app, grid, config)
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+def _carried(clients: int) -> float:
+    """Seconds to carry opaque bytes to all clients and others back."""
+    from fl_client.app import handle
+    from fl_server.app import GridExchange
+    from fl_server.exchange import Request
+    from simulations.grid import InProcessGrid
+
+    def echo(questions: Sequence[Question]) -> Iterator[Answer]:
+        blob = bytes(OPAQUE)
+        return (Answer(question.client, blob[:-1] + b"x") for question in questions)
+
+    grid = InProcessGrid(partial(handle, answers=echo), clients)
+    exchange = GridExchange(grid, {str(number): node for number, node in enumerate(grid.get_node_ids())}, {})
+    requests = [Request(name, "train", bytes(OPAQUE)) for name in exchange.clients()]
+    started = time.perf_counter()
+    for _ in exchange.ask(requests, 3600.0):
+        pass
+    return time.perf_counter() - started
+
+
+class _Idle:
+    """Clients of MiniLM's adapter that answer with a change drawn once."""
+
+    def __init__(self) -> None:
+        shape = SHAPES["minilm"]
+        base = build(shape, torch.device("meta"))
+        spec = VBLoRASpec(rank=4, num_vectors=shape.num_vectors, vector_length=shape.vector_length)
+        self._blueprint = Blueprint(spec, find_linears(base), find_head(base), describe_base(base), LABELS)
+        self._update: Update | None = None
+
+    def __call__(self, questions: Sequence[Question]) -> Iterator[Answer]:
+        for question in questions:
+            if question.kind == "train":
+                yield Answer(question.client, self._trained(question.blob), {"train-loss": 1.0})
+            elif question.kind == "evaluate":
+                yield Answer(
+                    question.client, metrics={"eval-examples": 1, "eval-loss-sum": 1.0, "eval-correct": 1}
+                )
+            else:
+                yield Answer(question.client, text=self._told())
+
+    def _trained(self, blob: bytes) -> bytes:
+        if self._update is None or self._blob is not blob:
+            self._blob, state = blob, decode_state(blob, self._blueprint)
+            rng = np.random.default_rng(state.version)
+            dense = {
+                name: rng.normal(0, 1e-3, array.shape).astype(np.float32)
+                for name, array in state.dense.items()
+            }
+            assert state.topk is not None
+            moved = rng.random((len(state.topk.gaps), 1)) < 0.5
+            gaps = np.where(moved, state.topk.gaps + np.float32(0.01), state.topk.gaps)
+            topk = replace(state.topk, gaps=gaps)
+            self._update = Update(state.version, state.digest, 16, dense, topk)
+        return encode_update(self._update, self._blueprint)
+
+    def _told(self) -> str:
+        return json.dumps(
+            {
+                "fingerprint": self._blueprint.fingerprint.hex(),
+                "examples": 16,
+                "versions": {},
+                "blueprint": self._blueprint.to_json(),
+                "metric": {"name": "accuracy", "higher_is_better": True},
+            }
+        )
+
+
+def _tiny_site(clients: int) -> Site:
+    """Two short texts for each client, and an encoder of two layers."""
+    shape = Shape(TINY, 2, 8, 64, 32, (1,))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(BertConfig(**TINY))
+    settings = SiteSettings(
+        device="cpu",
+        data=DataSettings(clients=clients),
+        adapter=AdapterSettings(num_vectors=shape.num_vectors, vector_length=shape.vector_length),
+        local=LocalSettings(steps=1, batch_size=2),
+    )
+    parts = tuple(np.arange(2 * clients).reshape(clients, 2))
+    texts = Texts(
+        make_examples(shape, 0, True, 2 * clients), parts, make_examples(shape, 1, True, 20), LABELS, {}
+    )
+    return assemble(settings, texts, Base(model, None, 0))
+
+
+def _resident() -> float:
+    """Megabytes of this process in memory now; where the system does not say, the most there ever were."""
+    with suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * 4096 / MB
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB

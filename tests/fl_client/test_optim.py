@@ -1,0 +1,127 @@
+"""AdamW for many clients is torch's AdamW for each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fl_client.optim import AdamW
+
+RATES = {"bank": 4e-3, "logits": 0.1}
+SHAPES = {"bank": (5, 4), "logits": (7,)}
+CLIENTS, STEPS = 3, 50
+
+
+def drawn(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn((CLIENTS, *shape), generator=generator, dtype=dtype)
+        for name, shape in SHAPES.items()
+    }
+
+
+def gradients(step: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Of very different sizes over the clients, so that some are clipped and some are not."""
+    sizes = torch.tensor([1e-3, 0.3, 50.0], dtype=dtype)
+    return {
+        name: tensor * sizes.view(-1, *[1] * (tensor.dim() - 1))
+        for name, tensor in drawn(1000 + step, dtype).items()
+    }
+
+
+def alone(client: int, steps: int, clip_norm: float, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """torch's optimiser and torch's clipping for one client."""
+    tensors = {name: tensor[client].clone().requires_grad_() for name, tensor in drawn(0, dtype).items()}
+    groups = [{"params": [tensor], "lr": RATES[name]} for name, tensor in tensors.items()]
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+    for step in range(steps):
+        for name, gradient in gradients(step, dtype).items():
+            tensors[name].grad = gradient[client].clone()
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(list(tensors.values()), clip_norm)
+        optimiser.step()
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_each_client_gets_what_torch_gives_it(clip_norm, dtype):
+    tensors, optimiser = drawn(0, dtype), AdamW(RATES, clip_norm)
+    for step in range(STEPS):
+        optimiser.step(tensors, gradients(step, dtype), None)
+    tolerance = 1e-12 if dtype is torch.float64 else 2e-6
+    for client in range(CLIENTS):
+        for name, expected in alone(client, STEPS, clip_norm, dtype).items():
+            torch.testing.assert_close(tensors[name][client], expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_client_that_has_ended_stays_where_it_is():
+    steps = torch.tensor([STEPS, 7, 1])
+    tensors, optimiser = drawn(0), AdamW(RATES, 1.0)
+    for step in range(STEPS):
+        optimiser.step(tensors, gradients(step), steps > step)
+    for client, taken in enumerate(steps.tolist()):
+        for name, expected in alone(client, taken, 1.0).items():
+            torch.testing.assert_close(tensors[name][client], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_a_number_stays_with_its_client(clip_norm):
+    tensors, optimiser = drawn(0), AdamW(RATES, clip_norm)
+    for step in range(5):
+        found = gradients(step)
+        found["bank"][1, 2, 3] = torch.nan
+        optimiser.step(tensors, found, None)
+    for client in (0, 2):
+        for name, expected in alone(client, 5, clip_norm).items():
+            torch.testing.assert_close(tensors[name][client], expected, rtol=1e-12, atol=1e-12)
+    assert not torch.isfinite(tensors["bank"][1, 2, 3])
+
+
+def test_what_an_ended_client_would_compute_does_not_matter():
+    """Its rows only fill up the batch; where its weights are extreme, their gradient may be 0 * inf."""
+    tensors, optimiser = drawn(0), AdamW(RATES, 1.0)
+    for step in range(4):
+        found = gradients(step)
+        if step >= 2:
+            for gradient in found.values():
+                gradient[1] = torch.nan
+        optimiser.step(tensors, found, torch.tensor([True, step < 2, True]))
+    for name, expected in alone(1, 2, 1.0).items():
+        torch.testing.assert_close(tensors[name][1], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_places_that_are_added_late_were_there_all_along():
+    early, late = AdamW(RATES, 1.0), AdamW(RATES, 1.0)
+    full, grown = drawn(0), drawn(0)
+    grown["logits"] = grown["logits"][:, :4].clone()
+    for step in range(20):
+        found = gradients(step)
+        if step < 10:
+            found["logits"][:, 4:] = 0
+        if step == 10:
+            grown["logits"] = torch.cat([grown["logits"], drawn(0)["logits"][:, 4:]], dim=1)
+            late.widen("logits", 3)
+        early.step(full, found, None)
+        late.step(grown, {**found, "logits": found["logits"][:, : grown["logits"].shape[1]]}, None)
+        assert torch.equal(full["logits"][:, : grown["logits"].shape[1]], grown["logits"])
+    assert torch.equal(full["bank"], grown["bank"])
+
+
+def test_widening_before_the_first_step_is_nothing():
+    optimiser = AdamW(RATES)
+    optimiser.widen("logits", 3)
+    tensors = drawn(0)
+    optimiser.step(tensors, gradients(0), None)
+    torch.testing.assert_close(tensors["bank"][0], alone(0, 1, 0.0)["bank"])
+
+
+def test_what_has_no_gradient_does_not_move():
+    """No weight decay: an untouched logit keeps its seed to the bit."""
+    tensors, optimiser = drawn(0), AdamW(RATES, 1.0)
+    for step in range(5):
+        found = gradients(step)
+        found["logits"][:, 2] = 0
+        optimiser.step(tensors, found, torch.tensor([True, True, step < 3]))
+    assert torch.equal(tensors["logits"][:, 2], drawn(0)["logits"][:, 2])
