@@ -1,4 +1,4 @@
-"""How the training rows are dealt to clients: `iid`, `dirichlet:ALPHA`, `by:COLUMN`."""
+"""How the training rows are dealt to clients: `auto`, `iid`, `dirichlet:ALPHA`, `by:COLUMN`."""
 
 from __future__ import annotations
 
@@ -18,28 +18,32 @@ __all__ = ["Partition", "parse_partition", "partition"]
 
 Rows = NDArray[np.int64]
 
+AUTO_ALPHA = 0.5  # skewed, yet few clients hold a single label
+
 
 @dataclass(frozen=True)
 class Partition:
     """A parsed specification; `str()` gives the specification back."""
 
-    kind: Literal["iid", "dirichlet", "by"]
+    kind: Literal["auto", "iid", "dirichlet", "by"]
     alpha: float = math.nan  # dirichlet: the smaller, the more the clients differ
     column: str = ""  # by: the column whose values stay whole
 
     def __str__(self) -> str:
-        return {"iid": "iid", "dirichlet": f"dirichlet:{self.alpha:g}", "by": f"by:{self.column}"}[self.kind]
+        if self.kind == "dirichlet":
+            return f"dirichlet:{self.alpha:g}"
+        return f"by:{self.column}" if self.kind == "by" else self.kind
 
 
 def parse_partition(spec: str) -> Partition:
-    """Read `iid`, `dirichlet:ALPHA` or `by:COLUMN`.
+    """Read `auto`, `iid`, `dirichlet:ALPHA` or `by:COLUMN`.
 
     Raises:
-        ConfigError: none of the three, or an alpha that is not a positive number.
+        ConfigError: none of these, or an alpha that is not a positive number.
     """
     kind, colon, value = spec.partition(":")
-    if spec == "iid":
-        return Partition("iid")
+    if spec in ("auto", "iid"):
+        return Partition("auto" if spec == "auto" else "iid")
     if kind == "dirichlet" and colon:
         try:
             alpha = float(value)
@@ -52,12 +56,13 @@ def parse_partition(spec: str) -> Partition:
         return Partition("dirichlet", alpha=alpha)
     if kind == "by" and value:
         return Partition("by", column=value)
-    raise ConfigError(f"partition is {spec!r}, expected iid, dirichlet:ALPHA (as dirichlet:0.5) or by:COLUMN")
+    raise ConfigError(f"partition is {spec!r}, expected auto, iid, dirichlet:ALPHA (as dirichlet:0.5) or by:COLUMN")
 
 
 def partition(table: Table, spec: str, clients: int, seed: int) -> list[Rows]:
     """Deal every row to exactly one client.
 
+    auto: dirichlet:0.5 where there are labels or groups to deal by, else iid.
     iid: rows, in equal parts.
     dirichlet: the rows of each label, in proportions from Dirichlet(alpha). Where the table has groups they
         stay whole: each goes with its commonest label, then the smallest possible ones move so that no
@@ -98,6 +103,8 @@ def _deal(table: Table, how: Partition, clients: int, seed: int) -> list[Rows]:
     # flwr-datasets takes 2.5 s to import: not for those who only check a specification.
     from fl_client import deal
 
+    if how.kind == "auto":
+        how = Partition("dirichlet", alpha=AUTO_ALPHA) if table.label or table.group else Partition("iid")
     if how.kind == "iid":
         return deal.deal_iid(len(table), clients, seed)
     if how.kind == "by":

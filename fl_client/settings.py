@@ -40,7 +40,7 @@ class DataSettings:
         eval_examples: held-out texts at most, drawn from the seed; 0 is all.
         max_examples: training texts at most; 0 is all, or 4,000 docstrings (reading them all takes a minute).
         max_length: tokens of a text at most.
-        partition: iid, dirichlet:ALPHA or by:COLUMN.
+        partition: auto, iid, dirichlet:ALPHA or by:COLUMN.
         clients: parts that the training texts are dealt into.
         seed: of the sample and of the deal.
     """
@@ -53,7 +53,7 @@ class DataSettings:
     eval_examples: int = 0
     max_examples: int = 0
     max_length: int = 128
-    partition: str = "dirichlet:0.5"
+    partition: str = "auto"
     clients: int = 10
     seed: int = 0
 

@@ -13,6 +13,7 @@ import typer
 from click.core import ParameterSource
 from rich.console import Console
 
+from simulations.bench.commands import app as bench_app
 from vblora.errors import ConfigError, FedVBError
 
 __all__ = ["app", "main"]
@@ -30,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 console = Console(stderr=False)
 
 
@@ -93,10 +95,11 @@ def simulate(
     partition: Annotated[
         str,
         typer.Option(
-            help="How texts are dealt: iid, dirichlet:ALPHA (less is more skewed), by:COLUMN.",
+            help="How texts are dealt: iid, dirichlet:ALPHA (less is more skewed), by:COLUMN; "
+            "auto is dirichlet:0.5 where there are labels, else iid.",
             rich_help_panel="Data",
         ),
-    ] = "dirichlet:0.5",
+    ] = "auto",
     clients: Annotated[int, typer.Option(help="Virtual clients.", rich_help_panel="Federation")] = 10,
     clients_per_round: Annotated[
         int, typer.Option(help="Drawn each round.", rich_help_panel="Federation")

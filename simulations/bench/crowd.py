@@ -1,4 +1,4 @@
-"""Many clients that cost nothing by themselves: what the engine adds to a round, and what it keeps in memory."""
+"""Many clients that cost nothing by themselves: what the engine adds to a round, and what it keeps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = ["measure_overhead", "measure_scale"]
 
 MB = 1e6
 OPAQUE = 100_000  # bytes each way, as in the measurement of Ray that this is compared with
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -44,8 +44,8 @@ TINY = {
 
 
 def measure_overhead(clients: int, rounds: int) -> dict[str, Any]:
-    """Seconds of a round of clients that do no training: bytes carried to and fro, and whole rounds of MiniLM's
-    adapter, encoded, decoded, checked and averaged."""
+    """Seconds of a round of clients that do no training: bytes carried to and fro, and whole rounds of
+    MiniLM's adapter, encoded, decoded, checked and averaged."""
     with TemporaryDirectory() as folder:
         records = _run(_Idle(), Path(folder) / "run", clients, clients, rounds)
     seconds = [record["seconds"] for record in records[1:]]
@@ -135,6 +135,7 @@ class _Idle:
         base = build(shape, torch.device("meta"))
         spec = VBLoRASpec(rank=4, num_vectors=shape.num_vectors, vector_length=shape.vector_length)
         self._blueprint = Blueprint(spec, find_linears(base), find_head(base), describe_base(base), LABELS)
+        self._blob = b""
         self._update: Update | None = None
 
     def __call__(self, questions: Sequence[Question]) -> Iterator[Answer]:

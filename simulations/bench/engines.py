@@ -1,8 +1,8 @@
 """One round of MiniLM on a CPU: our engine against Flower's simulation engine with Ray, same apps, same run.
 
 Each run has a process of its own. Start-up is left out: seconds are those of the history, of rounds 2 and
-later. Ray runs inside `flwr.simulation.run_simulation`, which drives the engine that `flwr run .` drives, without
-the SuperLink beside it.
+later. Ray runs inside `flwr.simulation.run_simulation`, which drives the engine that `flwr run .` drives,
+without the SuperLink beside it.
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ def test_specifications(spec: str, parsed: Partition) -> None:
 
 @pytest.mark.parametrize("spec", ["", "IID", "iid:3", "dirichlet", "by:", "by", "random", ":"])
 def test_unknown_specifications(spec: str) -> None:
-    with pytest.raises(ConfigError, match=r"expected iid, dirichlet:ALPHA .* or by:COLUMN"):
+    with pytest.raises(ConfigError, match=r"expected auto, iid, dirichlet:ALPHA .* or by:COLUMN"):
         partition(_table(10), spec, 2, 0)
 
 
@@ -267,3 +267,11 @@ def test_ten_thousand_clients_take_seconds(spec: str) -> None:
     assert time.perf_counter() - start < 30  # about 2 s on an idle core
     _check_whole(parts, 60_000, 10_000)
     assert Counter(map(len, parts)).total() == 10_000
+
+
+def test_auto_deals_by_labels_where_there_are_any() -> None:
+    labelled = Table(text=[str(n) for n in range(60)], label=[str(n % 3) for n in range(60)])
+    same = zip(partition(labelled, "auto", 3, 0), partition(labelled, "dirichlet:0.5", 3, 0), strict=True)
+    assert all(np.array_equal(one, other) for one, other in same)
+    plain = Table(text=[str(n) for n in range(60)])
+    assert [len(part) for part in partition(plain, "auto", 3, 0)] == [20, 20, 20]

@@ -44,7 +44,7 @@ def refused(outcome: Outcome, run: Path) -> str:
         ("--partition by:ward", "no group column 'ward'"),
         ("--adapter dora", "adapter is 'dora', expected one of vblora, lora"),
         ("--task nli", "task is 'nli', expected one of auto, classification, causal-lm"),
-        ("--partition random", "partition is 'random', expected iid, dirichlet:ALPHA"),
+        ("--partition random", "partition is 'random', expected auto, iid, dirichlet:ALPHA"),
         ("--partition dirichlet:0", "alpha is '0', expected a positive number"),
         ("--schedule linear", "schedule is 'linear', expected one of cosine, constant"),
         ("--clients-per-round 5", "clients-per-round is 5 but there are 4 clients"),

@@ -1,0 +1,42 @@
+"""`fedvb bench ...`: the benches by their options."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Measure on this machine what docs/ tells.")
+
+
+class Part(StrEnum):
+    """Parts of the bench of cohorts."""
+
+    gpu = "gpu"
+    cpu = "cpu"
+    overhead = "overhead"
+    scale = "scale"
+
+
+@app.callback()
+def bench() -> None:
+    """Measure on this machine what docs/ tells."""
+
+
+@app.command()
+def cohort(
+    part: Annotated[
+        list[Part] | None,
+        typer.Option(help="Steps on a gpu, a round on the cpu's cores, overhead, scale; all without."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers here.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions, in turn; medians are shown.")] = 5,
+) -> None:
+    """Cohorts against one client at a time, PEFT and Ray; overhead and memory."""
+    from simulations.bench.cohort import PARTS, run
+
+    run(part or list(PARTS), json, repeats)
