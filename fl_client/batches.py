@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Batch", "Examples", "Shape", "collate", "padding", "plan_lengths", "plan_round", "shard"]
+__all__ = ["Batch", "Examples", "by_length", "collate", "plan_round", "shard"]
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 
@@ -102,6 +102,20 @@ def padding(shapes: Sequence[Shape]) -> float:
         widest[: len(shape)] = np.maximum(widest[: len(shape)], shape)
     alone = sum(int(shape.prod(axis=1).sum()) for shape in shapes)
     return len(shapes) * int(widest.prod(axis=1).sum()) / max(1, alone)
+
+
+def by_length(examples: Examples, tokens: int) -> list[Indices]:
+    """All examples in batches of similar length, longest first, for evaluation.
+
+    A batch holds at most `tokens` tokens, padding included, and at least one example.
+    """
+    order = np.argsort(-examples.lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        count = max(1, tokens // max(1, int(examples.lengths[order[start]])))
+        batches.append(order[start : start + count])
+        start += count
+    return batches
 
 
 def shard(count: int, index: int, shards: int) -> Indices:

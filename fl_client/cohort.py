@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -101,6 +100,5 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _free(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

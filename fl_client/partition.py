@@ -56,7 +56,9 @@ def parse_partition(spec: str) -> Partition:
         return Partition("dirichlet", alpha=alpha)
     if kind == "by" and value:
         return Partition("by", column=value)
-    raise ConfigError(f"partition is {spec!r}, expected auto, iid, dirichlet:ALPHA (as dirichlet:0.5) or by:COLUMN")
+    raise ConfigError(
+        f"partition is {spec!r}, expected auto, iid, dirichlet:ALPHA (as dirichlet:0.5) or by:COLUMN"
+    )
 
 
 def partition(table: Table, spec: str, clients: int, seed: int) -> list[Rows]:

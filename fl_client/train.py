@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_client.batches import Examples, collate, plan_round
+from fl_client.batches import Examples, by_length, collate, plan_round
 from fl_client.optim import AdamW
 from fl_client.tasks import SUMS, Task
 from vblora.candidates import CHECK_EVERY
@@ -21,6 +21,8 @@ from vblora.model import AdaptedModel
 from vblora.state import State, Update
 
 __all__ = ["Job", "LocalSettings", "Trained", "evaluate", "train_cohort"]
+
+CPU_TOKENS, GPU_TOKENS = 1 << 10, 1 << 14  # of an evaluation batch
 
 
 @dataclass(frozen=True)
@@ -154,15 +156,24 @@ def train_cohort(
 
 @torch.no_grad()
 def evaluate(
-    model: AdaptedModel, task: Task, state: State, examples: Examples, *, batch_size: int = 64, pad: int = 0
+    model: AdaptedModel,
+    task: Task,
+    state: State,
+    examples: Examples,
+    *,
+    batch_tokens: int | None = None,
+    pad: int = 0,
 ) -> dict[str, float]:
-    """Sums of the task's metrics over `examples`, zeros without any, under one state; batched by length."""
+    """Sums of the task's metrics over `examples`, zeros without any, under one state; batched by length.
+
+    `batch_tokens` are the tokens of a batch at most; None takes what keeps a CPU's caches, or a GPU, busy.
+    """
+    most = batch_tokens or (CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS)
     sums: dict[str, float] = dict.fromkeys(SUMS, 0)
     model.bind(model.load(state))
     try:
-        by_length = np.argsort(-examples.lengths, kind="stable")
-        for start in range(0, len(by_length), batch_size):
-            batch = collate([(examples, by_length[start : start + batch_size])], pad, model.device)
+        for indices in by_length(examples, most):
+            batch = collate([(examples, indices)], pad, model.device)
             logits = model(input_ids=batch.tokens, attention_mask=batch.mask).logits
             for name, value in task.sums(logits, batch).items():
                 sums[name] += value

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_client.batches import IGNORED, Examples, collate, plan_round, shard
+from fl_client.batches import IGNORED, Examples, by_length, collate, plan_round, shard
 
 CPU = torch.device("cpu")
 
@@ -127,3 +127,12 @@ def test_a_batch_goes_to_the_device():
     assert batch.tokens.is_cuda
     assert batch.mask.is_cuda
     assert batch.targets.is_cuda
+
+
+@settings(deadline=None, max_examples=100)
+@given(EXAMPLES, st.integers(1, 60))
+def test_evaluation_batches_hold_every_example_once(examples: Examples, tokens: int) -> None:
+    batches = by_length(examples, tokens)
+    assert sorted(int(row) for batch in batches for row in batch) == list(range(len(examples)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * int(examples.lengths[batch].max()) <= tokens

@@ -308,7 +308,7 @@ def _unbound(model: AdaptedModel) -> bool:
 def test_sums_are_those_of_a_plain_loop(family, spec):
     model, task, examples = make_model(family, spec), TASKS[family], make_examples(23, 9)
     state = make_state(model.blueprint, scale=0.05)
-    found = evaluate(model, task, state, examples, batch_size=5)
+    found = evaluate(model, task, state, examples, batch_tokens=40)
     expected = dict.fromkeys(SUMS, 0.0)
     model.bind(model.load(state))
     for index in range(len(examples)):
@@ -332,9 +332,9 @@ def test_sums_are_those_of_a_plain_loop(family, spec):
 def test_sums_of_shards_add_up():
     model, examples = make_model(), make_examples(23, 9)
     state = initial_state(model.blueprint)
-    whole = evaluate(model, TASKS["bert"], state, examples, batch_size=64)
+    whole = evaluate(model, TASKS["bert"], state, examples, batch_tokens=4096)
     parts = [
-        evaluate(model, TASKS["bert"], state, examples.take(part), batch_size=3)
+        evaluate(model, TASKS["bert"], state, examples.take(part), batch_tokens=20)
         for part in (np.arange(7), np.arange(7, 22), np.arange(22, 23), np.empty(0, np.int64))
     ]
     assert {name: sum(part[name] for part in parts) for name in SUMS} == pytest.approx(whole, rel=1e-6)
