@@ -10,7 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Batch", "Examples", "by_length", "collate", "plan_round", "shard"]
+__all__ = [
+    "Batch",
+    "Examples",
+    "Shape",
+    "by_length",
+    "collate",
+    "padding",
+    "plan_lengths",
+    "plan_round",
+    "shard",
+]
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 

@@ -1,7 +1,7 @@
 """Many runs of one study, side by side: which settings learn best, over seeds.
 
 Needs neither Flower nor the data libraries. A study is a JSON file, `{"base": {...}, "runs": [{...}, ...],
-"seeds": [0, 1, 2]}`; the objects hold keys of a run's config (`fedvb simulate --help`, with dashes). A machine
+"seeds": [0, 1, 2]}`; the objects hold keys of a config (`fedvb simulate --help`, with dashes). A machine
 with a GPU and little else trains what another one prepared:
 
     python -m simulations.bench.learning study.json --texts DIR --prepare         # where the data is

@@ -107,13 +107,6 @@ def test_stragglers_send_updates_of_fewer_examples(tmp_path):
     assert sum(late for late, _ in examples) < sum(full for _, full in examples)
 
 
-def test_a_straggler_did_the_first_steps_of_what_it_would_have_done():
-    """Its texts are those that a client of so few steps draws."""
-    site = make_site(10, stragglers=1.0)
-    fates = {client: site.fate(2, client) for client in range(10)}
-    assert all(1 <= fate.steps < 4 for fate in fates.values())
-
-
 def test_a_round_in_which_all_drop_out_says_so(tmp_path):
     site = make_site(10, dropout=0.99)
     exchange = DirectExchange(partial(answer, site), 10)
