@@ -46,7 +46,7 @@ class ServerSettings:
         timeout_seconds: for the replies of a round; later ones do not count.
     """
 
-    rounds: int = 12
+    rounds: int = 10
     clients: int = 10
     clients_per_round: int = 5
     seed: int = 0

@@ -104,7 +104,7 @@ def simulate(
     clients_per_round: Annotated[
         int, typer.Option(help="Drawn each round.", rich_help_panel="Federation")
     ] = 5,
-    rounds: Annotated[int, typer.Option(help="Rounds of training.", rich_help_panel="Federation")] = 12,
+    rounds: Annotated[int, typer.Option(help="Rounds of training.", rich_help_panel="Federation")] = 10,
     eval_every: Annotated[
         int, typer.Option(help="Rounds between evaluations.", rich_help_panel="Federation")
     ] = 1,

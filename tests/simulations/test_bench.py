@@ -1,0 +1,205 @@
+"""The bench of cohorts, on sizes that say nothing about speed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simulations.bench import cohort, engines, steps
+from simulations.bench.crowd import measure_overhead, measure_scale
+from simulations.bench.engines import Engine, apart, measure_engines
+from simulations.bench.shapes import SHAPES, Shape
+from simulations.bench.tables import print_table
+from tests.conftest import ROOT
+from tests.simulations.conftest import Run
+
+TINY_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 1100,
+}
+TINY_BERT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 1100,
+    "num_labels": 5,
+}
+
+MISSING = "datasets,flwr,flwr_datasets,pandas,peft,ray,rich,sklearn,typer"
+
+# A machine with a GPU has torch, numpy and transformers, and perhaps nothing else.
+BARE = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Blocked(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in sys.argv[2].split(","):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+from simulations.bench import cohort, shapes
+shapes.SHAPES["minilm"] = shapes.Shape(%r, 2, 8, 64, 32, (1, 2))
+options = ["--part", "gpu", "--part", "overhead", "--shape", "minilm", "--repeats", "1"]
+cohort.main([*options, "--json", sys.argv[1]])
+"""
+
+
+# --- Steps ---------------------------------------------------------------------------
+
+
+def test_it_runs_where_there_is_torch_and_transformers_alone(tmp_path: Path):
+    target = tmp_path / "out.json"
+    done = subprocess.run(
+        [sys.executable, "-c", BARE % TINY_BERT, str(target), MISSING],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "client-steps/s" in done.stdout
+    assert "PEFT is not installed" in done.stdout
+    assert "overhead: left out (No module named 'flwr')" in done.stdout
+    measured = json.loads(target.read_text())
+    assert list(measured["parts"]) == ["gpu"]
+    assert [row["clients"] for row in measured["parts"]["gpu"]["minilm"]["rows"]] == [1, 2]
+    assert {"torch", "transformers", "python"} <= set(measured["machine"]["versions"])
+
+
+@pytest.mark.parametrize("sizes", [TINY_LLAMA, TINY_BERT], ids=["llama", "bert"])
+def test_steps_of_cohorts_and_of_peft(sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("peft")
+    import torch
+
+    monkeypatch.setitem(SHAPES, "minilm", Shape(sizes, 1, 8, 64, 16, (1, 3)))
+    found = steps.measure_shape("minilm", torch.device("cpu"), 2, 3)
+    rows = {(row["name"], row["clients"]): row for row in found["rows"]}
+    assert list(rows) == [("vb-lora r4", 1), ("vb-lora r4", 3), ("peft lora r8", 1), ("peft lora r4", 1)]
+    assert rows["vb-lora r4", 1]["to_alone"] == rows["peft lora r8", 1]["to_peft"] == 1.0
+    for row in rows.values():
+        assert row["steps_per_second"] == pytest.approx(row["clients"] / row["step_ms"] * 1e3, rel=0.5)
+    json.dumps(found)
+
+
+def test_what_does_not_fit_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    monkeypatch.setitem(SHAPES, "minilm", Shape(TINY_LLAMA, 1, 8, 64, 16, (1, 3)))
+    train_cohort = steps.train_cohort
+
+    def tight(model: Any, task: Any, state: Any, jobs: Any, *others: Any, **options: Any) -> Any:
+        if len(jobs) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return train_cohort(model, task, state, jobs, *others, **options)
+
+    monkeypatch.setattr(steps, "train_cohort", tight)
+    found = steps.measure_shape("minilm", torch.device("cpu"), 1, 2)
+    assert "vb-lora r4 × 3: out of memory" in found["notes"]
+    assert 3 not in {row["clients"] for row in found["rows"]}
+
+
+# --- Rounds --------------------------------------------------------------------------
+
+
+def test_a_round_without_training_costs_little():
+    found = measure_overhead(30, 2)
+    assert found["clients"] == 30
+    assert 140_000 < found["update_bytes"] < 160_000
+    assert 0 < found["opaque_seconds"] < found["wire_seconds"] < 5
+
+
+def test_two_thousand_clients_fit_in_memory():
+    found = apart(measure_scale, 2000, 20, 5)
+    assert len(found["mb_after_round"]) == 6
+    assert found["mb_after_round"][0] - found["mb_with_data_and_model"] < 100, "what registering takes"
+    assert found["mb_grown"] < 50
+
+
+@pytest.mark.slow
+def test_ten_thousand_clients_fit_in_memory():
+    found = apart(measure_scale, 10_000, 100, 20)
+    assert found["mb_after_round"][0] - found["mb_with_data_and_model"] < 400
+    assert found["mb_grown"] < 200
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_both_engines_train_the_same(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engines, "ENGINES", (Engine("ray", 2), Engine("ours", 1), Engine("ours", 2, 2)))
+    found = measure_engines(1, 4, 3, str(tiny_bert))
+    assert found["notes"] == []
+    assert [row["engine"].split(",")[0] for row in found["rows"]] == ["ray", "ours", "ours"]
+    losses = [row["train_loss"] for row in found["rows"]]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-4)
+    assert all(row["to_ray"] > 0 and len(row["rounds"][0]) == 2 for row in found["rows"])
+
+
+def test_without_ray_its_row_is_left_out(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
+    def run(engine: Engine, config: dict[str, Any]) -> list[dict[str, Any]]:
+        if engine.name == "ray":
+            raise ModuleNotFoundError("No module named 'ray'")
+        return [{"seconds": 1.0, "train_loss": 1.5}] * 4
+
+    monkeypatch.setattr(engines, "apart", lambda function, *arguments: run(*arguments))
+    found = measure_engines(2, 2, 3, str(tiny_bert))
+    assert found["notes"] == [f"{engines.ENGINES[0]}: left out (No module named 'ray')"]
+    assert {row["to_ray"] for row in found["rows"]} == {None}
+    assert len(found["rows"]) == len(engines.ENGINES) - 1
+
+
+# --- What is shown -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_tables_need_no_rich(rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    rows = [("one", 1.25), ("another", 10.0)]
+    print_table("A title", rows, {"name": lambda row: row[0], "ms": lambda row: f"{row[1]:.1f}"}, ["a note"])
+    shown = capsys.readouterr().out
+    for expected in ("A title", "name", "another", "1.2", "10.0", "a note"):
+        assert expected in shown
+    if not rich:
+        assert shown.splitlines()[2:5] == ["name       ms", "one       1.2", "another  10.0"]
+
+
+def test_every_part_prints_its_table_and_writes_its_numbers(
+    fedvb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(SHAPES, "minilm", replace(SHAPES["minilm"], sizes=TINY_BERT, cohorts=(1, 2)))
+    small = {
+        "measure_overhead": lambda clients, rounds: measure_overhead(5, 2),
+        "measure_scale": lambda clients, per_round, rounds: measure_scale(20, 3, 6),
+    }
+    monkeypatch.setattr(engines, "apart", lambda function, *arguments: small[function.__name__](*arguments))
+    options = [part for name in ("gpu", "overhead", "scale") for part in ("--part", name)]
+    shown = fedvb("bench", "cohort", *options, "--repeats", "1", "--json", "out.json")
+    assert (shown.code, shown.err) == (0, "")
+    assert list(json.loads((tmp_path / "out.json").read_text())["parts"]) == ["gpu", "overhead", "scale"]
+    for expected in ("client-steps/s", "opaque", "default wire", "20 clients", "round 5"):
+        assert expected in shown.out
+
+
+def test_the_same_parts_both_ways(monkeypatch: pytest.MonkeyPatch, fedvb: Run):
+    from simulations.bench.commands import Part
+
+    assert [part.value for part in Part] == list(cohort.PARTS)
+    calls: list[Any] = []
+    monkeypatch.setattr(cohort, "run", lambda *arguments: calls.append(arguments))
+    cohort.main(["--part", "cpu", "--repeats", "2"])
+    assert fedvb("bench", "cohort", "--part", "cpu", "--repeats", "2").code == 0
+    cohort.main([])
+    assert calls == [(["cpu"], None, 2, None), (["cpu"], None, 2), (list(cohort.PARTS), None, 5, None)]
