@@ -43,7 +43,10 @@ def plot_score(runs: Sequence[Path], target: Path) -> None:
         rounds, sent, scores = _curve(read_history(run))
         style = {"marker": "o", "markersize": 3, "label": f"{summary['adapter']}: {scores[-1]:.3f}"}
         by_round.plot(rounds, scores, **style)
-        by_bytes.plot([total / 1e6 for total in sent], scores, **style)
+        shown = slice(
+            1 if len(runs) > 1 else 0, None
+        )  # nothing is sent before round 1: no place on a log axis
+        by_bytes.plot([total / 1e6 for total in sent[shown]], scores[shown], **style)
     by_round.set(xlabel="round", ylabel=metric)
     by_bytes.set(xlabel="MB sent, both directions, all clients")
     if len(runs) > 1:  # adapters differ by orders of magnitude
