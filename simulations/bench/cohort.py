@@ -84,7 +84,7 @@ def _steps(repeats: int, shapes: Sequence[str] | None) -> dict[str, Any]:
             "": lambda row: row["name"],
             "clients": lambda row: str(row["clients"]),
             "ms a step": lambda row: f"{row['step_ms']:.1f}",
-            "client-steps/s": lambda row: f"{row['steps_per_second']:.2f}",
+            "steps/s": lambda row: f"{row['steps_per_second']:.2f}",
             "× alone": lambda row: f"{row['to_alone']:.2f}",
             "× PEFT r8": lambda row: _or_dash(row["to_peft"], ".2f"),
             "ms a client a round": lambda row: _or_dash(row["round_ms"], ".1f"),
