@@ -1,16 +1,26 @@
-"""The ClientApp: Flower records in, Flower records out. What happens between is in `fl_client.serve`."""
+"""The ClientApp: Flower records in, Flower records out. Flower starts it anew for every message.
+
+Where the node names the socket of a resident trainer, that one does the work and this process loads no
+torch; else `fl_client.serve` does it here. What a node says about itself with --node-config:
+
+socket          of its trainer (`fedvb trainer`)
+name            of the site in logs and histories; else its partition-id, else its node id
+data, model...  its own files, where it trains without a trainer: `fl_client.questions.OWN_KEYS`
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fl_client.opening import open_site
-from fl_client.serve import Answer, Question, answer
-from fl_client.settings import SiteSettings
+from fl_client.questions import OWN_KEYS, Answer, Question, Scalar, of_lone_site
+from fl_client.thin import ask_trainer, trainer_listens
+from vblora.errors import RunError
 
 __all__ = ["Answers", "app", "handle"]
 
@@ -18,6 +28,7 @@ Answers = Callable[[Sequence[Question]], Iterable[Answer]]
 
 CLIENT_APP_RAISED = 2  # flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
+log = logging.getLogger("flwr.fedvb")
 app = ClientApp()
 
 
@@ -53,19 +64,65 @@ def handle(
     Args:
         messages: of one type and, for training, of one round.
         contexts: the client of each; their run configs are equal.
-        answers: who answers; None is the site that the run config describes, opened once and kept.
+        answers: who answers; None is the trainer of the node, or the site that run and node describe, opened
+            once and kept.
     """
-    if answers is None:
-        answers = partial(answer, open_site(SiteSettings.from_run_config(contexts[0].run_config)))
+    answers = answers or _answers(contexts[0])
     pairs = zip(messages, contexts, strict=True)
-    asked = {_client(context): message for message, context in pairs}
-    for found in answers([_question(client, message) for client, message in asked.items()]):
-        yield _reply(asked[found.client], found)
+    asked = {_client(context): (message, _name(context)) for message, context in pairs}
+    for found in answers([_question(client, message) for client, (message, _) in asked.items()]):
+        message, name = asked[found.client]
+        yield _reply(message, name, found)
+
+
+def _answers(context: Context) -> Answers:
+    node, run = context.node_config, context.run_config
+    own = {name: value for name, value in node.items() if name in OWN_KEYS}
+    if "socket" in node:
+        socket = Path(str(node["socket"]))
+        if trainer_listens(socket):
+            return partial(_from_trainer, socket, dict(run))
+        if "data" not in own:  # never read what the server names instead
+            raise RunError(
+                f"socket {socket}: no trainer answers; start one with fedvb trainer --socket {socket}, or "
+                "name data and model with --node-config, to train without one"
+            )
+        log.warning("no trainer at %s: training in this process", socket)
+    # Torch and all that needs it, only where there is no trainer.
+    from fl_client.opening import open_site
+    from fl_client.serve import answer
+    from fl_client.settings import SiteSettings
+
+    if "data" not in own:
+        return partial(answer, open_site(SiteSettings.from_run_config({**run, **own})))
+    site = open_site(SiteSettings.from_run_config({**run, **own, "clients": 1, "partition": "iid"}))
+    return lambda questions: (
+        _as_asked(question, found)
+        for question in questions
+        for found in answer(site, [of_lone_site(question)])
+    )
+
+
+def _from_trainer(socket: Path, run: dict[str, Scalar], questions: Sequence[Question]) -> Iterator[Answer]:
+    for question in questions:
+        yield _as_asked(question, ask_trainer(socket, question, run))
+
+
+def _as_asked(question: Question, found: Answer) -> Answer:
+    """A lone site calls its client 0; the answer is of the client that was asked."""
+    return Answer(question.client, found.blob, found.metrics, found.text, found.error)
 
 
 def _client(context: Context) -> int:
-    """The number of the virtual client; a site of its own is client 0 of its data."""
+    """The number of the virtual client."""
     return int(context.node_config.get("partition-id", 0))
+
+
+def _name(context: Context) -> str:
+    """What the server is to call this client; "" leaves it to the server."""
+    node = context.node_config
+    given = node.get("name", node.get("partition-id", "" if "socket" in node or "data" in node else 0))
+    return str(given)
 
 
 def _question(client: int, message: Message) -> Question:
@@ -76,10 +133,10 @@ def _question(client: int, message: Message) -> Question:
     return Question(client, message.metadata.message_type.removeprefix("query."), blob, scalars)
 
 
-def _reply(message: Message, found: Answer) -> Message:
+def _reply(message: Message, name: str, found: Answer) -> Message:
     if found.error:
         return Message(Error(CLIENT_APP_RAISED, found.error), reply_to=message)
-    content = RecordDict({"text": ConfigRecord({"text": found.text, "client": str(found.client)})})
+    content = RecordDict({"text": ConfigRecord({"text": found.text, "client": name})})
     if found.metrics:
         content["metrics"] = MetricRecord(dict(found.metrics))
     if found.blob:

@@ -19,7 +19,7 @@ from fl_client.site import Site
 from fl_client.tables import Corpus, Table, load_corpus
 from vblora.errors import ConfigError
 
-__all__ = ["open_site", "prepare_texts"]
+__all__ = ["load_parts", "open_site", "prepare_texts"]
 
 DOCSTRINGS = 4000
 VERSIONED = ("fed-vblora", "flwr", "torch", "transformers", "datasets", "numpy")
@@ -32,11 +32,21 @@ def open_site(settings: SiteSettings) -> Site:
     Raises:
         DataError, ModelError, ConfigError: what the settings name cannot be used.
     """
+    texts, base = load_parts(settings)
+    return assemble(settings, texts, base)
+
+
+def load_parts(settings: SiteSettings) -> tuple[Texts, Base]:
+    """Load what `assemble` puts together: the texts, and the base without an adapter.
+
+    Raises:
+        DataError, ModelError, ConfigError: as `open_site`.
+    """
     find_model(settings.model)  # a misspelt name should not wait for the data to be read
     device = find_device(settings.device)
     corpus, parts = _dealt(settings.data)
     base = load_base(settings.model, corpus.labels, device, dtype=settings.dtype, seed=settings.data.seed)
-    return assemble(settings, _tokenised(corpus, parts, base, settings.data), base)
+    return _tokenised(corpus, parts, base, settings.data), base
 
 
 def prepare_texts(settings: SiteSettings) -> Texts:
@@ -55,6 +65,7 @@ def _dealt(data: DataSettings) -> tuple[Corpus, list[NDArray[np.int64]]]:
         label_column=data.label_column,
         group_column=spec.column,
         eval_split=data.eval_split,
+        labels=data.label_names,
         max_examples=data.max_examples or (DOCSTRINGS if data.data == "docstrings" else 0),
         seed=data.seed,
     )

@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
+from fl_client.questions import Answer, Question
 from fl_client.site import OnStep, Site
 from vblora.spec import Blueprint
 from vblora.state import State
 from vblora.wire import decode_state, encode_update
 
 __all__ = ["Answer", "Question", "answer"]
-
-Scalar = bool | int | float | str
-
-
-@dataclass(frozen=True)
-class Question:
-    """What one client is asked.
-
-    Attributes:
-        client: its number.
-        kind: hello, describe, train or evaluate.
-        blob: the reference state, for train and evaluate.
-        config: `round` and `lr-scale` to train; `shard` and `shards` to evaluate.
-    """
-
-    client: int
-    kind: str
-    blob: bytes = b""
-    config: Mapping[str, Scalar] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What it says: an update blob, numbers, a text, or why there is nothing."""
-
-    client: int
-    blob: bytes = b""
-    metrics: Mapping[str, int | float] = field(default_factory=dict)
-    text: str = ""
-    error: str = ""
 
 
 def answer(site: Site, questions: Sequence[Question], on_step: OnStep | None = None) -> Iterator[Answer]:
@@ -78,11 +49,29 @@ def _train(site: Site, questions: Sequence[Question], on_step: OnStep | None) ->
     working = {client: fate.steps for client, fate in fates.items() if not fate.dropped}
     state = _decoded(asked.blob, site.blueprint)
     trained = site.train_clients(
-        state, working, round_number=number, scale=float(asked.config["lr-scale"]), on_step=on_step
+        state,
+        working,
+        round_number=number,
+        scale=float(asked.config["lr-scale"]),
+        on_step=_limited(asked, on_step),
     )
     for client, result in trained:
         metrics = {"train-loss": result.loss, "examples": result.examples, "steps": result.steps}
         yield Answer(client, encode_update(result.update, site.blueprint), metrics)
+
+
+def _limited(question: Question, on_step: OnStep | None) -> OnStep | None:
+    """`on_step` that stops when the question's seconds are over."""
+    seconds = float(question.config.get("seconds", 0))
+    if not seconds:
+        return on_step
+    end = time.monotonic() + seconds
+
+    def told(done: int, steps: int) -> bool:
+        stop = on_step is not None and on_step(done, steps)
+        return bool(stop) or time.monotonic() >= end
+
+    return told
 
 
 def _hello(site: Site, client: int) -> str:

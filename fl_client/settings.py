@@ -35,6 +35,8 @@ class DataSettings:
         data: "docstrings", a local file or folder, or a hub data set id.
         task: classification, causal-lm, or auto: what the columns suggest.
         text_column, label_column: names, where the usual ones do not fit.
+        labels: names of all classes, by comma, where a site does not hold every one; "" takes those of the
+            data. Sites agree on classes by name: the order given does not matter.
         eval_split: splits that the score is taken on, such as "dev" or "dev+test"; "" takes the first of
         dev, test.
         eval_examples: held-out texts at most, drawn from the seed; 0 is all.
@@ -49,6 +51,7 @@ class DataSettings:
     task: str = "auto"
     text_column: str = ""
     label_column: str = ""
+    labels: str = ""
     eval_split: str = ""
     eval_examples: int = 0
     max_examples: int = 0
@@ -60,6 +63,11 @@ class DataSettings:
     def __post_init__(self) -> None:
         raise_faults("data", self._faults())
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names in `labels`, as they were given."""
+        return tuple(name.strip() for name in self.labels.split(",")) if self.labels else ()
+
     def _faults(self) -> Iterator[str]:
         if not self.data:
             yield "no data named; expected docstrings, a file, a folder or a hub id"
@@ -68,6 +76,9 @@ class DataSettings:
         for name in ("eval_examples", "max_examples"):
             if getattr(self, name) < 0:
                 yield f"{name.replace('_', '-')} is {getattr(self, name)}, expected 0 (all) or more"
+        names = self.label_names
+        if self.labels and (len(names) < 2 or "" in names or len(set(names)) < len(names)):
+            yield f"labels is {self.labels!r:.60}, expected two different names or more, by comma"
         if self.max_length < 2:
             yield f"max-length is {self.max_length}, expected at least 2"
         if self.clients < 1:

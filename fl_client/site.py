@@ -6,7 +6,7 @@ A deployed site serves one client; a simulation's process serves many virtual on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +17,12 @@ from fl_client.cohort import CohortSizer
 from fl_client.hazards import Fate
 from fl_client.settings import SiteSettings
 from fl_client.tasks import Task
-from fl_client.train import Job, Trained, evaluate, train_cohort
+from fl_client.train import Job, OnStep, Trained, evaluate, train_cohort
 from vblora.model import AdaptedModel
 from vblora.spec import Blueprint
 from vblora.state import State
 
 __all__ = ["OnStep", "Site"]
-
-OnStep = Callable[[int, int], None]  # told (steps done, steps in all) of the cohort at work
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ def load_corpus(
     label_column: str = "",
     group_column: str = "",
     eval_split: str = "",
+    labels: tuple[str, ...] = (),
     max_examples: int = 0,
     seed: int = 0,
     cache_dir: Path | None = None,
@@ -102,14 +103,15 @@ def load_corpus(
         group_column: column of `Table.group`; "" for none (docstrings: the module).
         eval_split: "dev", "test", "dev+test", or "": dev where there is one, else test, else a seeded tenth
             (at most 2,000 rows) carved off train, equal texts kept on one side.
+        labels: names of all classes, where the data need not hold every one; () takes those of the data.
         max_examples: training rows, a seeded random subset in the original order; 0 for all.
         seed: of what is carved and capped; for docstrings, of which modules are read.
         cache_dir: see `docstrings.load` and `sources.read_source`; None for their own defaults.
 
     Raises:
         ConfigError: an unknown task or `eval_split`, or a negative `max_examples`.
-        DataError: nothing there, unreadable, empty, a column that is missing, one label only, or test labels
-            that train does not have.
+        DataError: nothing there, unreadable, empty, a column that is missing, one label only, test labels
+            that train does not have, or labels that are not among `labels`.
     """
     if max_examples < 0:
         raise ConfigError(f"max_examples is {max_examples}, expected 0 (all) or more")
@@ -133,12 +135,12 @@ def load_corpus(
         test = _read_table(test_frames, roles if grouped else replace(roles, group=""))
     else:
         train, test = _carve(train, seed, data)
-    labels = _labels(train, test, kind, f"{data}: label column {roles.label!r}")
+    found = _labels(train, test, kind, labels, f"{data}: label column {roles.label!r}")
     if 0 < max_examples < len(train):
         chosen = np.random.default_rng(seed).choice(len(train), max_examples, replace=False)
         train = train.take(np.sort(chosen))
     path = Path(data).expanduser()
-    return Corpus((path.exists() and path.name.split(".")[0]) or data, train, test, labels, versions)
+    return Corpus((path.exists() and path.name.split(".")[0]) or data, train, test, found, versions)
 
 
 def _docstring_frames(
@@ -227,19 +229,32 @@ def _carve(table: Table, seed: int, where: str) -> tuple[Table, Table]:
     return table.take(np.flatnonzero(~held)), table.take(np.flatnonzero(held))
 
 
-def _labels(train: Table, test: Table, task: Task, where: str) -> tuple[str, ...]:
+def _labels(train: Table, test: Table, task: Task, known: tuple[str, ...], where: str) -> tuple[str, ...]:
     """All label names in order; none for causal-lm."""
     if task == "causal-lm" or train.label is None or test.label is None:
+        if known:
+            raise DataError(f"{where}: --labels are given, but {task} has none; leave them out")
         return ()
-    names = set(train.label)
+    names = set(known or train.label)
     if len(names) < 2:
-        raise DataError(f"{where} holds one value only, {min(names)!r}; expected at least two classes")
-    unseen = sorted(set(test.label) - names)
-    if unseen:
-        listed = ", ".join(map(repr, unseen[:5])) + (" ..." if len(unseen) > 5 else "")
         raise DataError(
-            f"{where} has {len(unseen)} values in the evaluated part that train does not have ({listed}); "
+            f"{where} holds one value only, {min(names)!r}; expected at least two classes, or --labels with "
+            "all that the other sites hold"
+        )
+    if known and (unknown := set(train.label) - names):
+        raise DataError(
+            f"{where} has {len(unknown)} values that are not among the {len(names)} of --labels "
+            f"({_listed(unknown)}); add them for every site, or mend the data"
+        )
+    if unseen := set(test.label) - names:
+        raise DataError(
+            f"{where} has {len(unseen)} values in the evaluated part that "
+            f"{'--labels do' if known else 'train does'} not have ({_listed(unseen)}); "
             "name another column with --label-column, or other files with --eval-split"
         )
     whole = all(re.fullmatch(r"-?\d+", name) for name in names)
     return tuple(sorted(names, key=lambda name: (int(name), name) if whole else (0, name)))
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(map(repr, sorted(names)[:5])) + (" ..." if len(names) > 5 else "")

@@ -20,7 +20,10 @@ from vblora.errors import raise_faults
 from vblora.model import AdaptedModel
 from vblora.state import State, Update
 
-__all__ = ["Job", "LocalSettings", "Trained", "evaluate", "train_cohort"]
+__all__ = ["Job", "LocalSettings", "OnStep", "Trained", "evaluate", "train_cohort"]
+
+# Called with (steps done, steps in all) of the cohort at work after each step; says True to stop there.
+OnStep = Callable[[int, int], bool | None]
 
 CPU_TOKENS, GPU_TOKENS = 1 << 10, 1 << 14  # of an evaluation batch
 
@@ -109,7 +112,7 @@ def train_cohort(
     *,
     scale: float = 1.0,
     pad: int = 0,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> list[Trained]:
     """Train C clients from one state, side by side; each gets what it would get alone, to float tolerance.
 
@@ -121,7 +124,7 @@ def train_cohort(
         settings: the same for all.
         scale: of the learning rates in this round.
         pad: token id of padding.
-        on_step: called with (steps done, steps in all) after each step.
+        on_step: told the steps; where it says to stop, the updates hold what was done until then.
     """
     plans = [
         plan_round(job.examples, job.steps or settings.steps, settings.batch_size, job.seed) for job in jobs
@@ -133,6 +136,7 @@ def train_cohort(
     uneven = any(len(plan) != steps for plan in plans)
     total = torch.zeros(len(jobs), device=model.device)
     nothing = np.empty(0, np.int64)
+    done = steps
     for step in range(steps):
         if step % CHECK_EVERY == 0:
             _make_room(model, tensors, optimiser)
@@ -143,10 +147,12 @@ def train_cohort(
         losses, gradients = _gradients(model, task, tensors, parts, pad)
         optimiser.step(tensors, gradients, lengths > step if uneven else None, settings.rise(step))
         total += losses
-        if on_step is not None:
-            on_step(step + 1, steps)
+        if on_step is not None and on_step(step + 1, steps):
+            done = step + 1
+            break
     _make_room(model, tensors, optimiser)
-    mean_losses = (total / lengths).tolist()
+    plans = [plan[:done] for plan in plans]
+    mean_losses = (total / lengths.clamp(max=done)).tolist()
     updates = _updates(model, tensors, state, [sum(map(len, plan)) for plan in plans])
     return [
         Trained(update, loss, len(plan), update.examples)

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from simulations.bench.commands import app as bench_app
+from simulations.operate import add_commands
 from vblora.errors import ConfigError, FedVBError
 
 __all__ = ["app", "main"]
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+add_commands(app)
 console = Console(stderr=False)
 
 
@@ -83,6 +85,10 @@ def simulate(
     ] = "",
     label_column: Annotated[
         str, typer.Option(help="Column of the label, if not a usual name.", rich_help_panel="Data")
+    ] = "",
+    labels: Annotated[
+        str,
+        typer.Option(help="All classes by comma, where the data lacks some.", rich_help_panel="Data"),
     ] = "",
     eval_split: Annotated[
         str, typer.Option(help="Held-out files to score on: dev, test, dev+test.", rich_help_panel="Data")

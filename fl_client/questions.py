@@ -1,0 +1,52 @@
+"""Question and answer: what a process of clients is asked and says, whoever carries it. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+__all__ = ["OWN_KEYS", "Answer", "Question", "Scalar", "of_lone_site"]
+
+Scalar = bool | int | float | str
+
+# Options that a site may set for itself: they then win over the run's, which its server chose.
+OWN_KEYS = (
+    *("model", "device", "dtype", "data", "task", "text-column", "label-column", "labels", "eval-split"),
+    *("max-examples", "eval-examples"),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What one client is asked.
+
+    Attributes:
+        client: its number.
+        kind: hello, describe, train or evaluate.
+        blob: the reference state, for train and evaluate.
+        config: `round` and `lr-scale` to train, and `seconds` where it has to stop after so many and send
+            what it has; `shard` and `shards` to evaluate.
+    """
+
+    client: int
+    kind: str
+    blob: bytes = b""
+    config: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What it says: an update blob, numbers, a text, or why there is nothing."""
+
+    client: int
+    blob: bytes = b""
+    metrics: Mapping[str, int | float] = field(default_factory=dict)
+    text: str = ""
+    error: str = ""
+
+
+def of_lone_site(question: Question) -> Question:
+    """A question as a site of its own has to take it: it is client 0 of its data, and scores all of them."""
+    if question.kind != "evaluate":
+        return replace(question, client=0)
+    return replace(question, client=0, config={**question.config, "shard": 0, "shards": 1})

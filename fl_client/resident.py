@@ -1,0 +1,144 @@
+"""What a resident trainer holds between questions: base and texts, loaded once, and the adapter of the run.
+
+The run's server chooses adapter, rates and steps; the site chooses its own model folder and its own files. An
+adapter is put into a base for good, so a run with another one has the base loaded again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fl_client.assembly import Texts, assemble
+from fl_client.base import Base
+from fl_client.opening import load_parts
+from fl_client.questions import Answer, Question, Scalar, of_lone_site
+from fl_client.serve import answer
+from fl_client.settings import SiteSettings
+from fl_client.site import OnStep, Site
+from vblora.errors import ConfigError, RunError
+
+__all__ = ["Resident"]
+
+log = logging.getLogger("fedvb.trainer")
+
+
+class Resident:
+    """The site of one machine. Not for several threads at once.
+
+    Args:
+        own: options that the site sets, by their names in a run config; they win over a run's.
+        state: folder of what must outlive a message.
+
+    Attributes:
+        bases_loaded: how often a base was loaded.
+        device: of the base; None before one is loaded.
+    """
+
+    def __init__(self, own: Mapping[str, Scalar], state: Path) -> None:
+        self.own = dict(own)
+        self.bases_loaded = 0
+        self.device: torch.device | None = None
+        self._state = state
+        self._settings: SiteSettings | None = None  # that base and texts were loaded with
+        self._parts: tuple[Texts, Base] | None = None
+        self._site: Site | None = None
+
+    def load(self, run: Mapping[str, Scalar]) -> None:
+        """Load base and texts as a run of these options will need them; the others at their defaults.
+
+        Raises:
+            FedVBError: the site's model or data cannot be used.
+        """
+        self._open(self._settings_for(run))
+
+    def answer(self, question: Question, run: Mapping[str, Scalar], on_step: OnStep | None = None) -> Answer:
+        """Answer a question of a run.
+
+        Raises:
+            FedVBError: the run does not fit the site, or its message is damaged.
+        """
+        site = self._site_for(self._settings_for(run))
+        return next(answer(site, [of_lone_site(question)], on_step))
+
+    def _settings_for(self, run: Mapping[str, Scalar]) -> SiteSettings:
+        for name in ("labels", "task"):
+            ours, theirs = self.own.get(name), run.get(name)
+            if ours and theirs not in (None, "", "auto", ours):
+                raise ConfigError(
+                    f"{name}: this site was started with {ours!r:.80}, the run says {theirs!r:.80}; "
+                    "agree on one"
+                )
+        alone = {"clients": 1, "partition": "iid", "cohort": 1, "dropout": 0.0, "stragglers": 0.0}
+        return SiteSettings.from_run_config({**run, **self.own, **alone})
+
+    def _site_for(self, settings: SiteSettings) -> Site:
+        site = self._site
+        if site is not None and settings == site.settings:
+            return site
+        if site is not None and settings == replace(
+            site.settings, local=settings.local, hazards=settings.hazards
+        ):  # rates and steps need no loading
+            self._site = replace(site, settings=settings)
+            return self._site
+        texts, base = self._open(settings)
+        self._site = assemble(settings, texts, base)
+        self._parts = None  # the adapter is in the base now: not to be used for another
+        blueprint = self._site.blueprint
+        log.info(
+            "adapter %s %s: %d rows in %d layers, %d numbers",
+            *(blueprint.spec.kind, blueprint.fingerprint.hex()[:12], blueprint.rows),
+            *(len(blueprint.linears), blueprint.stored_parameters),
+        )
+        return self._site
+
+    def _open(self, settings: SiteSettings) -> tuple[Texts, Base]:
+        if self._parts is None or not _same_parts(settings, self._settings):
+            self._site = self._parts = None  # make room first
+            started = time.monotonic()
+            self._parts = load_parts(settings)
+            self._settings = settings
+            self.bases_loaded += 1
+            texts, base = self._parts
+            self.device = next(base.model.parameters()).device
+            log.info(
+                "base %s on %s, load %d, %.1f s",
+                *(settings.model, self.device, self.bases_loaded, time.monotonic() - started),
+            )
+            log.info("data %s: %s", settings.data.data, _survey(texts, settings.data.max_length))
+        return self._parts
+
+
+def _same_parts(one: SiteSettings, other: SiteSettings | None) -> bool:
+    """Whether two settings ask for the same base and the same texts."""
+    return other is not None and one == replace(
+        other, adapter=one.adapter, local=one.local, hazards=one.hazards, cohort=one.cohort
+    )
+
+
+def _survey(texts: Texts, max_length: int) -> str:
+    """What a site's texts are, on one line.
+
+    Raises:
+        RunError: there is nothing to train on.
+    """
+    lengths = texts.train.lengths
+    if not len(lengths):
+        raise RunError("data: no text to train on")
+    told = [f"{len(lengths):,} training texts, {len(texts.test):,} held out"]
+    if texts.labels:
+        counts = np.bincount(texts.train.targets, minlength=len(texts.labels))
+        named = [f"{name} {count:,}" for name, count in zip(texts.labels, counts, strict=True)]
+        told.append(f"{len(texts.labels)} labels ({', '.join(named[:8])}{', ...' if len(named) > 8 else ''})")
+        if absent := int((counts == 0).sum()):
+            told.append(f"{absent} labels without a text here")
+    cut = int((lengths >= max_length).sum())
+    longest = f"longest {int(lengths.max())} tokens"
+    told.append(longest + (f", {cut:,} texts at --max-length {max_length}" if cut else ""))
+    return "; ".join(told)

@@ -1,0 +1,84 @@
+"""A site of its own, loaded once: a real tiny model over two csv files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fl_client.questions import Question
+from fl_client.resident import Resident
+from tests.simulations.conftest import tiny_bert, topics  # noqa: F401 (fixtures)
+from vblora.errors import ConfigError, DataError
+from vblora.spec import Blueprint
+from vblora.state import initial_state
+from vblora.wire import decode_update, encode_state
+
+RUN = {"local-steps": 3, "batch-size": 4, "max-length": 32, "seed": 2}
+
+
+@pytest.fixture
+def resident(tiny_bert: Path, topics: Path, tmp_path: Path) -> Resident:  # noqa: F811
+    return Resident({"model": str(tiny_bert), "data": str(topics)}, tmp_path)
+
+
+def test_one_base_for_all_questions_of_a_run(resident: Resident):
+    resident.load(RUN)
+    hello = json.loads(resident.answer(Question(5, "hello"), RUN).text)
+    described = json.loads(resident.answer(Question(5, "describe"), RUN).text)
+    blueprint = Blueprint.from_json(described["blueprint"])
+    assert hello["examples"] == described["train_examples"] == 216
+    blob = encode_state(initial_state(blueprint), blueprint)
+    config = {"round": 1, "lr-scale": 1.0}
+    found = resident.answer(Question(5, "train", blob, config), RUN)
+    assert (found.client, found.metrics["steps"], found.error) == (0, 3, "")
+    assert decode_update(found.blob, blueprint).examples == 12
+    faster = resident.answer(Question(5, "train", blob, config), {**RUN, "local-steps": 2})
+    assert faster.metrics["steps"] == 2
+    asked = Question(5, "evaluate", blob, {"round": 0, "shard": 1, "shards": 3})
+    assert resident.answer(asked, RUN).metrics["eval-examples"] == described["test_examples"]
+    assert resident.bases_loaded == 1
+
+
+def test_another_adapter_takes_another_base(resident: Resident):
+    resident.load(RUN)
+    hello = Question(0, "hello")
+    first = resident.answer(hello, RUN).text
+    with pytest.raises(ConfigError, match="rank"):
+        resident.answer(hello, {**RUN, "rank": -1})
+    assert resident.answer(hello, {**RUN, "rank": 2}).text != first
+    assert resident.bases_loaded == 2
+
+
+def test_training_stops_when_its_seconds_are_over(resident: Resident):
+    described = json.loads(resident.answer(Question(0, "describe"), RUN).text)
+    blueprint = Blueprint.from_json(described["blueprint"])
+    blob = encode_state(initial_state(blueprint), blueprint)
+    question = Question(0, "train", blob, {"round": 1, "lr-scale": 1.0, "seconds": 1e-9})
+    found = resident.answer(question, {**RUN, "local-steps": 50})
+    assert found.metrics["steps"] == 1
+    assert 0 < found.metrics["train-loss"] < 5
+    assert decode_update(found.blob, blueprint).examples == 4
+
+
+def test_sites_agree_on_labels_by_name(tiny_bert: Path, tmp_path: Path):  # noqa: F811
+    def blueprint(name: str, rows: list[str], labels: str) -> Blueprint:
+        path = tmp_path / f"{name}.csv"
+        path.write_text("text,label\n" + "\n".join(f"apple bread {n},{row}" for n, row in enumerate(rows)))
+        site = Resident({"model": str(tiny_bert), "data": str(path), "labels": labels}, tmp_path)
+        described = json.loads(site.answer(Question(0, "describe"), RUN).text)
+        return Blueprint.from_json(described["blueprint"])
+
+    here = blueprint("here", ["sport", "food"] * 6, "food,space,sport")
+    there = blueprint("there", ["space"] * 12, "sport, food, space")
+    assert here.labels == there.labels == ("food", "space", "sport")
+    assert here.fingerprint == there.fingerprint
+
+
+def test_labels_that_do_not_fit_are_named(resident: Resident, tiny_bert: Path, topics: Path):  # noqa: F811
+    with pytest.raises(DataError, match=r"1 values .* not among the 3 of --labels \('sport'\)"):
+        resident.load({**RUN, "labels": "food,space,other"})
+    own = {"model": str(tiny_bert), "data": str(topics), "labels": "food,space,sport"}
+    with pytest.raises(ConfigError, match="the run says 'a,b'; agree on one"):
+        Resident(own, topics.parent).answer(Question(0, "hello"), {**RUN, "labels": "a,b"})

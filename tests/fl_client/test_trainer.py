@@ -1,0 +1,178 @@
+"""The resident trainer's socket, with a site that only pretends to train."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from fl_client import thin, trainer
+from fl_client.questions import Answer, Question, Scalar
+from fl_client.resident import Resident
+from fl_client.site import OnStep
+from fl_client.thin import ask_trainer, trainer_listens, trainer_status
+from tests.conftest import ROOT
+from vblora.errors import ConfigError, RunError, WireError
+
+RUN: dict[str, Scalar] = {"rank": 2, "lr-bank": 0.5, "resume": False, "out": "somewhere"}
+
+
+class FakeResident(Resident):
+    """Counts steps; each ends when a test lets it."""
+
+    def __init__(self) -> None:
+        super().__init__({"model": "m", "data": "d"}, Path("nowhere"))
+        self.go = threading.Semaphore(0)
+        self.asked: list[tuple[Question, Mapping[str, Scalar]]] = []
+        self.told: list[int] = []
+        self.fault: Exception | None = None
+
+    def answer(self, question: Question, run: Mapping[str, Scalar], on_step: OnStep | None = None) -> Answer:
+        self.asked.append((question, run))
+        if self.fault is not None:
+            raise self.fault
+        if question.kind != "train":
+            return Answer(0, text="here")
+        for step in range(1, 4):
+            self.go.acquire()
+            self.told.append(step)
+            assert on_step is not None
+            on_step(step, 3)
+        return Answer(0, b"update", {"train-loss": float("nan"), "steps": 3})
+
+
+@pytest.fixture
+def resident() -> FakeResident:
+    return FakeResident()
+
+
+@pytest.fixture
+def socket(resident: FakeResident, tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "trainer.sock"
+    service = trainer._Service(resident, "m", "d", threading.Event())
+    server = trainer._listen(path, service)
+    yield path
+    server.stop(grace=None).wait()
+
+
+def test_question_run_and_answer_keep_their_types(socket: Path, resident: FakeResident):
+    resident.go.release(3)
+    question = Question(7, "train", b"\x00state", {"round": 3, "lr-scale": 0.5})
+    found = ask_trainer(socket, question, RUN)
+    (asked,) = resident.asked
+    assert asked == (Question(0, "train", b"\x00state", {"round": 3, "lr-scale": 0.5}), RUN)
+    assert {name: type(value) for name, value in asked[1].items()} == {
+        name: type(value) for name, value in RUN.items()
+    }
+    assert (found.client, found.blob, found.metrics["steps"], found.error) == (7, b"update", 3, "")
+    assert found.metrics["train-loss"] != found.metrics["train-loss"]
+
+
+def test_large_blobs_pass(socket: Path, resident: FakeResident):
+    assert ask_trainer(socket, Question(0, "evaluate", bytes(8 << 20)), RUN).text == "here"
+    assert len(resident.asked[0][0].blob) == 8 << 20
+
+
+def test_the_socket_is_its_owners_alone(socket: Path):
+    assert socket.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("fault", [ConfigError("rank is odd"), WireError("blob: cut off")])
+def test_what_does_not_fit_is_told_and_the_trainer_lives(
+    fault: Exception, socket: Path, resident: FakeResident
+):
+    resident.fault = fault
+    assert ask_trainer(socket, Question(0, "hello"), RUN).error == str(fault)
+    resident.fault = None
+    assert ask_trainer(socket, Question(0, "hello"), RUN) == Answer(0, text="here")
+
+
+def test_what_breaks_is_told_and_the_trainer_lives(
+    socket: Path, resident: FakeResident, caplog: pytest.LogCaptureFixture
+):
+    resident.fault = ZeroDivisionError("by zero")
+    assert ask_trainer(socket, Question(0, "hello"), RUN).error == "trainer: ZeroDivisionError: by zero"
+    assert "hello: failed" in caplog.text
+    assert trainer_status(socket).answered == 0
+
+
+def test_another_protocol_is_refused(socket: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(thin, "PROTOCOL", 99)
+    assert "speaks protocol 1, the ClientApp 99" in ask_trainer(socket, Question(0, "hello"), RUN).error
+
+
+def test_its_status_is_told_while_it_trains(socket: Path, resident: FakeResident):
+    asking = threading.Thread(target=ask_trainer, args=(socket, Question(0, "train"), RUN))
+    asking.start()
+    resident.go.release()
+    wait_until(lambda: trainer_status(socket).done == 1)
+    status = trainer_status(socket)
+    assert (status.busy, status.steps, status.model, status.data) == ("train", 3, "m", "d")
+    resident.go.release(2)
+    asking.join()
+    status = trainer_status(socket)
+    assert (status.busy, status.answered, status.gpu_bytes) == ("", 1, 0)
+
+
+def test_the_work_of_a_killed_caller_ends_and_the_next_is_served(socket: Path, resident: FakeResident):
+    code = (
+        "from pathlib import Path; from fl_client.thin import ask_trainer; "
+        "from fl_client.questions import Question; "
+        f"ask_trainer(Path({str(socket)!r}), Question(0, 'train'), {{}})"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    wait_until(lambda: resident.asked)
+    resident.go.release()
+    wait_until(lambda: resident.told)
+    caller.kill()
+    caller.wait()
+    time.sleep(0.2)  # for the socket to tell
+    resident.go.release()
+    wait_until(lambda: not trainer_status(socket).busy)
+    assert resident.told == [1, 2]
+    resident.go.release(3)
+    assert ask_trainer(socket, Question(0, "train"), RUN).blob == b"update"
+
+
+def test_nobody_answers(tmp_path: Path):
+    path = tmp_path / "none.sock"
+    assert not trainer_listens(path)
+    assert "does not run" in ask_trainer(path, Question(0, "hello"), RUN).error
+    with pytest.raises(RunError, match="does not run"):
+        trainer_status(path)
+
+
+def test_a_long_path_is_named(tmp_path: Path):
+    with pytest.raises(RunError, match="expected 107 at most"):
+        trainer_listens(tmp_path / ("x" * 120))
+
+
+def test_one_trainer_a_folder(tmp_path: Path):
+    with (
+        trainer._alone(tmp_path),
+        pytest.raises(RunError, match=r"another trainer \(process \d+\)"),
+        trainer._alone(tmp_path),
+    ):
+        pass
+    with trainer._alone(tmp_path):
+        pass
+
+
+def test_the_client_app_loads_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['datasets'] = None; "
+        "import fl_client.app"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def wait_until(true: object, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
