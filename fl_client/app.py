@@ -11,7 +11,9 @@ data, model...  its own files, where it trains without a trainer: `fl_client.que
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -94,8 +96,10 @@ def _answers(context: Context) -> Answers:
     from fl_client.settings import SiteSettings
 
     if "data" not in own:
-        return partial(answer, open_site(SiteSettings.from_run_config({**run, **own})))
-    site = open_site(SiteSettings.from_run_config({**run, **own, "clients": 1, "partition": "iid"}))
+        settings = SiteSettings.from_run_config({**run, **own})
+        return partial(answer, open_site(replace(settings, state=_state_folder(context))))
+    settings = SiteSettings.from_run_config({**run, **own, "clients": 1, "partition": "iid"})
+    site = open_site(replace(settings, state=_state_folder(context)))
     return lambda questions: (
         _as_asked(question, found)
         for question in questions
@@ -111,6 +115,17 @@ def _from_trainer(socket: Path, run: dict[str, Scalar], questions: Sequence[Ques
 def _as_asked(question: Question, found: Answer) -> Answer:
     """A lone site calls its client 0; the answer is of the client that was asked."""
     return Answer(question.client, found.blob, found.metrics, found.text, found.error)
+
+
+def _state_folder(context: Context) -> str:
+    """Where a client keeps what it must remember: its node says, or in a simulation the run's directory.
+
+    A deployed node that says nothing remembers nothing: it gets states from version 0. Only on Ray, which is
+    this machine's simulation, is the server's word taken for a path.
+    """
+    if "state" in context.node_config or "ray" not in sys.modules:
+        return str(context.node_config.get("state", ""))
+    return str(Path(str(context.run_config["out"])) / "clients")
 
 
 def _client(context: Context) -> int:

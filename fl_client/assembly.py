@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fl_client.base import Base
 from fl_client.batches import Examples
 from fl_client.cohort import CohortSizer
+from fl_client.memory import Memory
 from fl_client.settings import SiteSettings
 from fl_client.site import Site
 from fl_client.tasks import CausalLM, Classification, Task
@@ -78,6 +79,7 @@ def assemble(settings: SiteSettings, texts: Texts, base: Base) -> Site:
         pad=base.pad,
         sizer=CohortSizer(model.device, settings.cohort),
         versions=dict(texts.versions),
+        memory=Memory(Path(settings.state) if settings.state else None),
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-__all__ = ["OWN_KEYS", "Answer", "Question", "Scalar", "of_lone_site"]
+__all__ = ["NEED_STATE", "OWN_KEYS", "Answer", "Question", "Scalar", "of_lone_site"]
 
 Scalar = bool | int | float | str
+NEED_STATE = "need-state"  # `Answer.text` where a blob builds on a state that the client does not hold
 
 # Options that a site may set for itself: they then win over the run's, which its server chose.
 OWN_KEYS = (
@@ -25,7 +26,7 @@ class Question:
         kind: hello, describe, train or evaluate.
         blob: the reference state, for train and evaluate.
         config: `round` and `lr-scale` to train, and `seconds` where it has to stop after so many and send
-            what it has; `shard` and `shards` to evaluate.
+            what it has; `shard` and `shards` to evaluate; `run`, its name, for both.
     """
 
     client: int

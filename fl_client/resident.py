@@ -76,14 +76,15 @@ class Resident:
                     "agree on one"
                 )
         alone = {"clients": 1, "partition": "iid", "cohort": 1, "dropout": 0.0, "stragglers": 0.0}
-        return SiteSettings.from_run_config({**run, **self.own, **alone})
+        settings = SiteSettings.from_run_config({**run, **self.own, **alone})
+        return replace(settings, state=str(self._state / "memory"))
 
     def _site_for(self, settings: SiteSettings) -> Site:
         site = self._site
         if site is not None and settings == site.settings:
             return site
         if site is not None and settings == replace(
-            site.settings, local=settings.local, hazards=settings.hazards
+            site.settings, local=settings.local, hazards=settings.hazards, wire=settings.wire
         ):  # rates and steps need no loading
             self._site = replace(site, settings=settings)
             return self._site
@@ -118,7 +119,7 @@ class Resident:
 def _same_parts(one: SiteSettings, other: SiteSettings | None) -> bool:
     """Whether two settings ask for the same base and the same texts."""
     return other is not None and one == replace(
-        other, adapter=one.adapter, local=one.local, hazards=one.hazards, cohort=one.cohort
+        other, adapter=one.adapter, local=one.local, hazards=one.hazards, cohort=one.cohort, wire=one.wire
     )
 
 

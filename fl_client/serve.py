@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
-from fl_client.questions import Answer, Question
+import numpy as np
+
+from fl_client.memory import Memory
+from fl_client.questions import NEED_STATE, Answer, Question
 from fl_client.site import OnStep, Site
-from vblora.spec import Blueprint
-from vblora.state import State
+from vblora.errors import UnknownStateError, WireError
+from vblora.frame import read_blob
+from vblora.rounding import round_update
+from vblora.state import State, Update
 from vblora.wire import decode_state, encode_update
 
-__all__ = ["Answer", "Question", "answer"]
+__all__ = ["NEED_STATE", "Answer", "Question", "answer"]
 
 
 def answer(site: Site, questions: Sequence[Question], on_step: OnStep | None = None) -> Iterator[Answer]:
@@ -21,7 +25,7 @@ def answer(site: Site, questions: Sequence[Question], on_step: OnStep | None = N
 
     Args:
         site: serves all the clients that are asked.
-        questions: of one kind and, for training, with one blob and config.
+        questions: of one kind and, for training, with one state and config.
         on_step: told the local steps while training.
     """
     kind = questions[0].kind if questions else ""
@@ -30,7 +34,10 @@ def answer(site: Site, questions: Sequence[Question], on_step: OnStep | None = N
         return
     for question in questions:
         if kind == "evaluate":
-            state = _decoded(question.blob, site.blueprint)
+            state = _state(site, _memory(site, question), question.blob)
+            if state is None:
+                yield Answer(question.client, text=NEED_STATE)
+                continue
             sums = site.evaluate(state, int(question.config["shard"]), int(question.config["shards"]))
             yield Answer(question.client, metrics=sums)
         elif kind == "hello":
@@ -41,15 +48,24 @@ def answer(site: Site, questions: Sequence[Question], on_step: OnStep | None = N
 
 def _train(site: Site, questions: Sequence[Question], on_step: OnStep | None) -> Iterator[Answer]:
     asked = questions[0]
-    number = int(asked.config["round"])
+    number, memory = int(asked.config["round"]), _memory(site, asked)
     fates = {question.client: site.fate(number, question.client) for question in questions}
     for client, fate in fates.items():
         if fate.dropped:
             yield Answer(client, error="dropped out (simulated)")
     working = {client: fate.steps for client, fate in fates.items() if not fate.dropped}
-    state = _decoded(asked.blob, site.blueprint)
+    blobs = {question.client: question.blob for question in questions if question.client in working}
+    reference = None
+    for client, blob in blobs.items():
+        state = _state(site, memory, blob)
+        if state is None:
+            working.pop(client)
+            yield Answer(client, text=NEED_STATE)
+        reference = reference or state
+    if reference is None:
+        return
     trained = site.train_clients(
-        state,
+        reference,
         working,
         round_number=number,
         scale=float(asked.config["lr-scale"]),
@@ -57,7 +73,45 @@ def _train(site: Site, questions: Sequence[Question], on_step: OnStep | None) ->
     )
     for client, result in trained:
         metrics = {"train-loss": result.loss, "examples": result.examples, "steps": result.steps}
-        yield Answer(client, encode_update(result.update, site.blueprint), metrics)
+        yield Answer(client, _rounded(site, memory, client, reference, result.update), metrics)
+
+
+def _rounded(site: Site, memory: Memory, client: int, reference: State, update: Update) -> bytes:
+    """An update as bytes; what rounding drops of it is kept for the client's next one."""
+    wire, turn = site.settings.wire, update.version + 1
+    noise = np.random.default_rng((site.settings.data.seed, turn, client))
+    waiting = memory.waiting(client, update.version) if wire.feedback else {}
+    rounded, dropped = round_update(update, reference, wire, waiting, noise)
+    if wire.feedback:
+        memory.keep_waiting(client, turn, dropped)
+    return encode_update(rounded, site.blueprint, reference)
+
+
+def _memory(site: Site, question: Question) -> Memory:
+    site.memory.open(str(question.config.get("run", "")))
+    return site.memory
+
+
+def _state(site: Site, memory: Memory, blob: bytes) -> State | None:
+    """The state that a blob brings, or None where it builds on one that is not held, or held otherwise.
+
+    Raises:
+        WireError: the blob is damaged, or wrong on its own.
+    """
+    header, _ = read_blob(blob)
+    if (known := memory.state(header.digest)) is not None:  # clients of one round get the same state
+        return known
+    base = memory.state(header.base_digest)
+    try:
+        state = decode_state(blob, site.blueprint, {} if base is None else {base.digest: base})
+    except UnknownStateError:
+        return None
+    except WireError:
+        if not header.base_version:
+            raise
+        return None
+    memory.keep_state(state, site.blueprint)
+    return state
 
 
 def _limited(question: Question, on_step: OnStep | None) -> OnStep | None:
@@ -82,9 +136,3 @@ def _hello(site: Site, client: int) -> str:
             "versions": site.versions,
         }
     )
-
-
-@lru_cache(maxsize=1)
-def _decoded(blob: bytes, blueprint: Blueprint) -> State:
-    """All clients of a round get the same bytes; read them once."""
-    return decode_state(blob, blueprint)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from fl_client.hazards import HazardSettings
 from fl_client.train import LocalSettings
 from vblora.errors import ConfigError, raise_faults
+from vblora.rounding import WIRES, WireSettings, wire_settings
 from vblora.spec import (
     ADAPTERS,
     AdapterSpec,
@@ -148,6 +149,9 @@ class SiteSettings:
         dtype: of the base; auto, or a name of torch's.
         cohort: clients trained in one forward; 0 leaves it to be chosen.
         data, adapter, local, hazards: see there.
+        wire: how updates are rounded.
+        state: folder of what the clients keep between rounds; "" keeps it in the process. Never read from a
+            run config: a server does not choose where a site writes.
     """
 
     model: str = "minilm"
@@ -158,6 +162,8 @@ class SiteSettings:
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     local: LocalSettings = field(default_factory=LocalSettings)
     hazards: HazardSettings = field(default_factory=HazardSettings)
+    wire: WireSettings = WIRES["default"]
+    state: str = ""
 
     def __post_init__(self) -> None:
         raise_faults("site", self._faults())
@@ -190,7 +196,12 @@ class SiteSettings:
             except ConfigError as error:
                 faults.append(str(error))
         try:
-            site = cls(**_values(cls, config))
+            parts["wire"] = wire_settings(config)
+        except ConfigError as error:
+            faults.append(str(error))
+        try:
+            own = {key: value for key, value in config.items() if key not in ("wire", "state")}
+            site = cls(**_values(cls, own))
         except ConfigError as error:
             faults.append(str(error))
         if faults:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fl_client.batches import Examples, Shape, padding, plan_lengths, shard
 from fl_client.cohort import CohortSizer
 from fl_client.hazards import Fate
+from fl_client.memory import Memory
 from fl_client.settings import SiteSettings
 from fl_client.tasks import Task
 from fl_client.train import Job, OnStep, Trained, evaluate, train_cohort
@@ -39,6 +40,7 @@ class Site:
         pad: token id of padding.
         sizer: splits clients into cohorts.
         versions: of the libraries and of the data.
+        memory: what the clients keep between rounds.
     """
 
     settings: SiteSettings
@@ -50,6 +52,7 @@ class Site:
     pad: int
     sizer: CohortSizer
     versions: dict[str, str]
+    memory: Memory
 
     @property
     def blueprint(self) -> Blueprint:

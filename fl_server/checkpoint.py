@@ -1,4 +1,7 @@
-"""Checkpoints of a run: the state after each of its last rounds, one file a round."""
+"""Checkpoints of a run: the state after each of its last rounds, and what the server alone knows beside it.
+
+A round has two files. The server's is written first, so a state on disk has all that a run goes on from.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,33 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
+from fl_server.broadcast import RECENT, Broadcast
 from vblora.errors import RunError
-from vblora.files import load_state, save_state
+from vblora.files import load_state, safetensors_bytes, save_state, write_atomic
 from vblora.spec import Blueprint
 from vblora.state import State
 
-__all__ = ["load_newest", "require_same", "save_checkpoint"]
-
-KEPT = 2  # one more than needed: should the newest turn out unreadable, a single round is lost
+__all__ = ["load_newest", "require_same", "restore", "save_checkpoint"]
 
 
-def save_checkpoint(out: Path, state: State, blueprint: Blueprint) -> None:
-    """Write the checkpoint of round `state.version` atomically, then drop all but the newest."""
-    save_state(_folder(out) / f"round-{state.version:05d}.safetensors", state, blueprint)
-    for path in _files(out)[KEPT:]:
+def save_checkpoint(out: Path, run: str, broadcast: Broadcast) -> None:
+    """Write the checkpoint of a round atomically, then drop all that no client's state can build on.
+
+    Args:
+        out: run directory.
+        run: name of the run, by which clients keep what they remember.
+        broadcast: the reference after the round, and who holds what.
+    """
+    state, folder = broadcast.state, _folder(out)
+    beside = safetensors_bytes(broadcast.waiting, {"run": run, "held": json.dumps(broadcast.held)})
+    write_atomic(folder / f"server-{state.version:05d}.safetensors", beside)
+    save_state(folder / f"round-{state.version:05d}.safetensors", state, broadcast.blueprint)
+    for path in _files(out)[RECENT:]:
         path.unlink()
-    for path in _folder(out).glob(".round-*"):  # what a killed process left half written
+        _server_file(path).unlink(missing_ok=True)
+    for path in _folder(out).glob(".*"):  # what a killed process left half written
         path.unlink()
 
 
@@ -40,6 +54,29 @@ def load_newest(out: Path) -> tuple[State, Blueprint] | None:
     if faults:
         raise RunError(f"{out}: no readable checkpoint: " + "; ".join(faults))
     return None
+
+
+def restore(out: Path, state: State, broadcast: Broadcast) -> str:
+    """Fill in what the server knew after round `state.version`; gives the name of the run.
+
+    Without it a run goes on too: clients get states from version 0, and what rounding dropped is gone.
+    """
+    for path in _files(out):
+        try:
+            older = load_state(path)[0]
+        except RunError:
+            continue
+        if older.version <= state.version:
+            broadcast.recent[older.version] = older
+    path = _server_file(_folder(out) / f"round-{state.version:05d}.safetensors")
+    try:
+        with safe_open(path, "np") as file:
+            known = file.metadata() or {}
+            broadcast.waiting = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        broadcast.held = {str(name): int(version) for name, version in json.loads(known["held"]).items()}
+        return str(known["run"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return ""
 
 
 def require_same(found: Blueprint, expected: Blueprint, out: Path) -> None:
@@ -68,6 +105,10 @@ def _differences(checkpoint: dict[str, object], clients: dict[str, object]) -> I
 
 def _folder(out: Path) -> Path:
     return out / "checkpoints"
+
+
+def _server_file(path: Path) -> Path:
+    return path.with_name(path.name.replace("round-", "server-"))
 
 
 def _files(out: Path) -> list[Path]:

@@ -47,11 +47,11 @@ class ShardSums:
         return sums
 
 
-def shard_requests(clients: Sequence[str], blob: bytes, number: int) -> list[Request]:
-    """Ask each of the first clients to evaluate its contiguous shard."""
+def shard_requests(clients: Sequence[str], number: int, run: str) -> list[Request]:
+    """Ask each of the first clients to evaluate its contiguous shard; the state is yet to be put in."""
     names = clients[:EVALUATORS]
     return [
-        Request(name, "evaluate", blob, {"round": number, "shard": at, "shards": len(names)})
+        Request(name, "evaluate", b"", {"round": number, "run": run, "shard": at, "shards": len(names)})
         for at, name in enumerate(names)
     ]
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-__all__ = ["Exchange", "Kind", "Reply", "Request", "Scalar", "client_order"]
+__all__ = ["NEED_STATE", "Exchange", "Kind", "Reply", "Request", "Scalar", "client_order"]
 
 Kind = Literal["hello", "describe", "train", "evaluate"]
 Scalar = int | float | str | bool
+NEED_STATE = "need-state"  # `Reply.text` of a client that lacks what a blob builds on
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Request:
     Attributes:
         client: its name.
         kind: "hello" and "describe" are answered in `Reply.text`, "train" by a blob, "evaluate" by metrics.
-        blob: the encoded reference state for "train" and "evaluate", else empty.
+        blob: the reference state for "train" and "evaluate", as this client can read it, else empty.
         config: what the client must know beside the state.
     """
 
@@ -37,7 +38,7 @@ class Reply:
         client: its name.
         blob: the encoded update, for "train".
         metrics: numbers about the work done.
-        text: JSON, for "hello" and "describe".
+        text: JSON, for "hello" and "describe"; `NEED_STATE` for others.
         error: why there is no answer; everything else is then empty.
     """
 

@@ -10,27 +10,30 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fl_server.aggregate import Mean
-from fl_server.checkpoint import load_newest, require_same, save_checkpoint
+from fl_server.broadcast import Broadcast
+from fl_server.checkpoint import load_newest, require_same, restore, save_checkpoint
 from fl_server.evaluation import ShardSums, add_shards, shard_requests
-from fl_server.exchange import Exchange, Reply, Request, client_order
+from fl_server.exchange import NEED_STATE, Exchange, Reply, Request, Scalar, client_order
 from fl_server.handshake import Fault, Task, describe, meet, name_faults
 from fl_server.history import History, Record, RejectedReply, blank_record, summarise
 from fl_server.observer import LogObserver, Observer
 from fl_server.settings import ServerSettings
 from vblora.errors import RunError, UpdateError, WireError
 from vblora.files import save_state, write_atomic
+from vblora.frame import section_bytes
 from vblora.spec import Blueprint
-from vblora.state import State, Update, check_update, initial_state
-from vblora.wire import decode_state, decode_update, encode_state, section_bytes
+from vblora.state import State, Update, check_update
+from vblora.wire import decode_update, initial
 
 __all__ = ["run_rounds", "sample_clients"]
 
@@ -41,24 +44,12 @@ MAX_REASON = 500  # characters kept of why a reply was rejected: a blob may hold
 class _Run:
     """What does not change during a run."""
 
+    name: str
     exchange: Exchange
     settings: ServerSettings
     observer: Observer
     task: Task
     clients: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """The state that both sides hold: by construction what the broadcast decodes to."""
-
-    state: State
-    blob: bytes
-
-    @classmethod
-    def of(cls, state: State, blueprint: Blueprint) -> _Reference:
-        blob = encode_state(state, blueprint)
-        return cls(decode_state(blob, blueprint), blob)
 
 
 def run_rounds(
@@ -81,17 +72,18 @@ def run_rounds(
     # Step 1: who is there, and what do they train together?
     roster = meet(exchange, settings.wait_seconds)
     task = describe(exchange, roster, settings.wait_seconds)
-    run = _Run(exchange, settings, observer, task, roster.clients)
 
     # Step 2: the state to go on from. Round 0 trains nothing: it evaluates the state that the seed gives.
     if settings.resume:
-        state = _resume(run, history)
+        state = _resume(task, settings, history)
     else:
-        state = initial_state(task.blueprint)
+        state = initial(task.blueprint)
         history.create()
-    reference = _Reference.of(state, task.blueprint)
+    reference = Broadcast(task.blueprint, settings.wire, state)
+    name = (restore(out, state, reference) if settings.resume else "") or secrets.token_hex(8)
+    run = _Run(name, exchange, settings, observer, task, roster.clients)
     observer.run_started(settings, roster, task, history.records)
-    saved = reference.state.version if history.records else None
+    saved = state.version if history.records else None
 
     try:
         for number in range(len(history.records), settings.rounds + 1):
@@ -99,7 +91,7 @@ def run_rounds(
 
             # Step 3: sampled clients train from the reference; the mean of their updates is the next one.
             if number > 0:
-                reference = _train(run, reference, record)
+                _train(run, reference, record)
 
             # Step 4: how good is it?
             if number % settings.eval_every == 0 or number == settings.rounds:
@@ -109,7 +101,7 @@ def run_rounds(
             record["digest"] = reference.state.digest.hex()
             record["seconds"] = time.monotonic() - started
             history.append(record)
-            save_checkpoint(out, reference.state, task.blueprint)
+            save_checkpoint(out, run.name, reference)
             saved = number
             observer.round_finished(record)
     except BaseException:
@@ -128,43 +120,45 @@ def sample_clients(clients: Sequence[str], count: int, seed: int, number: int) -
     return [clients[at] for at in sorted(np.argsort(draws, kind="stable")[:count])]
 
 
-def _resume(run: _Run, history: History) -> State:
+def _resume(task: Task, settings: ServerSettings, history: History) -> State:
     """The newest state on disk, or the initial one before there was any, with the history cut back to it."""
     out = history.path.parent
     newest = load_newest(out)
     if newest is None:
         history.keep(0)
-        return initial_state(run.task.blueprint)
+        return initial(task.blueprint)
     state, blueprint = newest
-    require_same(blueprint, run.task.blueprint, out)
-    if state.version > run.settings.rounds:
+    require_same(blueprint, task.blueprint, out)
+    if state.version > settings.rounds:
         raise RunError(
-            f"{out}: the run has finished round {state.version}, but rounds is {run.settings.rounds}; "
+            f"{out}: the run has finished round {state.version}, but rounds is {settings.rounds}; "
             f"resume it with rounds {state.version} or more"
         )
     history.keep(state.version + 1)
-    if state.version < run.settings.rounds:  # finished once, with fewer rounds
+    if state.version < settings.rounds:  # finished once, with fewer rounds
         (out / "summary.json").unlink(missing_ok=True)
     return state
 
 
-def _train(run: _Run, reference: _Reference, record: Record) -> _Reference:
-    """One round of training. Fills in its part of the record; raises RunError where no reply is usable."""
+def _train(run: _Run, reference: Broadcast, record: Record) -> None:
+    """One round of training, after which the reference is the next one. Fills in its part of the record.
+
+    Raises:
+        RunError: no reply is usable.
+    """
     number, blueprint, traffic = record["round"], run.task.blueprint, record["bytes"]
     names = sample_clients(run.clients, run.settings.clients_per_round, run.settings.seed, number)
     run.observer.round_started(number, names)
     record["clients"] = len(names)
     record["lr_scale"] = run.settings.lr_scale(number)
-    traffic["down_per_client"] = len(reference.blob)
-    traffic["down"] = len(reference.blob) * len(names)
 
-    config = {"round": number, "lr-scale": record["lr_scale"]}
-    requests = [Request(name, "train", reference.blob, config) for name in names]
+    config: dict[str, Scalar] = {"round": number, "lr-scale": record["lr_scale"], "run": run.name}
+    requests = [Request(name, "train", b"", config) for name in names]
     inbox = _Inbox(names)
     mean = Mean(reference.state, blueprint)
     losses: dict[str, tuple[float, int]] = {}
     faults: list[Fault] = []
-    for reply in inbox.first_of(run.exchange.ask(requests, run.settings.timeout_seconds)):
+    for reply in inbox.first_of(_ask(run, reference, requests, inbox)):
         traffic["up"] += len(reply.blob)
         fault = ""
         try:
@@ -174,10 +168,13 @@ def _train(run: _Run, reference: _Reference, record: Record) -> _Reference:
             fault = str(error)[:MAX_REASON]
             faults.append(Fault(reply.client, fault))
         else:
+            reference.acknowledge(reply.client)
             _count_sections(traffic["up_sections"], reply.blob)
             losses[reply.client] = (float(reply.metrics.get("train-loss", math.nan)), update.examples)
         run.observer.reply_received(number, "train", reply.client, fault)
 
+    traffic["down"] = inbox.sent
+    traffic["down_per_client"] = round(inbox.sent / len(names))
     record["replies"] = mean.updates
     record["examples"] = mean.examples
     record["train_loss"] = _mean_loss(losses)
@@ -191,20 +188,19 @@ def _train(run: _Run, reference: _Reference, record: Record) -> _Reference:
             "mend the clients and go on with --resume"
         )
     traffic["up_per_client"] = round(sum(traffic["up_sections"].values()) / mean.updates)
-    return _Reference.of(mean.finish(), blueprint)
+    reference.advance(mean.finish())
 
 
-def _evaluate(run: _Run, reference: _Reference, record: Record) -> None:
+def _evaluate(run: _Run, reference: Broadcast, record: Record) -> None:
     """Score the reference on the common test set and fill in the record.
 
     A shard that fails is left out and named; the score then covers `eval_examples`.
     """
-    requests = shard_requests(run.clients, reference.blob, record["round"])
+    requests = shard_requests(run.clients, record["round"], run.name)
     inbox = _Inbox(request.client for request in requests)
     shards: dict[str, ShardSums] = {}
     faults: list[Fault] = []
-    record["bytes"]["evaluate"] = len(reference.blob) * len(requests)
-    for reply in inbox.first_of(run.exchange.ask(requests, run.settings.timeout_seconds)):
+    for reply in inbox.first_of(_ask(run, reference, requests, inbox)):
         record["bytes"]["evaluate"] += len(reply.blob)
         fault = ""
         try:
@@ -214,6 +210,7 @@ def _evaluate(run: _Run, reference: _Reference, record: Record) -> None:
             faults.append(Fault(reply.client, fault))
         run.observer.reply_received(record["round"], "evaluate", reply.client, fault)
 
+    record["bytes"]["evaluate"] += inbox.sent
     faults += [Fault(name, "evaluation: no reply in time") for name in inbox.waiting]
     record["rejected"] += _rejected(faults)
     sums = add_shards(shards)
@@ -228,11 +225,18 @@ def _evaluate(run: _Run, reference: _Reference, record: Record) -> None:
 
 
 class _Inbox:
-    """Lets through the first reply of every client that was asked, and counts the others."""
+    """Lets through the first reply of every client that was asked, and counts the others.
+
+    Attributes:
+        waiting: clients that have not answered.
+        ignored: replies that did not count.
+        sent: bytes of the states that went down.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         self.waiting = set(names)
         self.ignored = 0
+        self.sent = 0
 
     def first_of(self, replies: Iterable[Reply]) -> Iterator[Reply]:
         for reply in replies:
@@ -243,10 +247,30 @@ class _Inbox:
                 self.ignored += 1
 
 
+def _ask(run: _Run, reference: Broadcast, requests: Sequence[Request], inbox: _Inbox) -> Iterator[Reply]:
+    """Send the reference to clients, each as it can best read it; who cannot gets it from version 0."""
+    asked = {request.client: request for request in requests}
+    for _ in range(2):
+        sent = [replace(item, blob=reference.blob(name)) for name, item in asked.items()]
+        inbox.sent += sum(len(request.blob) for request in sent)
+        lost: dict[str, Request] = {}
+        for reply in run.exchange.ask(sent, run.settings.timeout_seconds):
+            if reply.text == NEED_STATE and reply.client in asked and reference.held.get(reply.client):
+                reference.forget(reply.client)
+                lost[reply.client] = asked[reply.client]
+            else:
+                yield reply
+        asked = lost
+        if not asked:
+            return
+
+
 def _read_update(reply: Reply, state: State, blueprint: Blueprint) -> Update:
     if reply.error:
         raise UpdateError(f"training: {reply.error}")
-    update = decode_update(reply.blob, blueprint)
+    if reply.text == NEED_STATE:
+        raise UpdateError("training: it could not read the state, not even from version 0")
+    update = decode_update(reply.blob, blueprint, state)
     check_update(update, blueprint, state)
     return update
 

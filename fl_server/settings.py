@@ -9,6 +9,7 @@ from typing import Any
 
 from fl_server.exchange import Scalar
 from vblora.errors import raise_faults
+from vblora.rounding import WIRES, WireSettings, wire_settings
 from vblora.spec import MAX_SEED
 
 __all__ = ["SCHEDULES", "ServerSettings"]
@@ -44,6 +45,7 @@ class ServerSettings:
         resume: go on with the run that is there.
         wait_seconds: for the clients to come, and to answer the first message.
         timeout_seconds: for the replies of a round; later ones do not count.
+        wire: how states are rounded.
     """
 
     rounds: int = 10
@@ -58,6 +60,7 @@ class ServerSettings:
     resume: bool = False
     wait_seconds: float = 600.0
     timeout_seconds: float = 3600.0
+    wire: WireSettings = WIRES["default"]
 
     def __post_init__(self) -> None:
         raise_faults("server settings", self._faults())
@@ -71,7 +74,7 @@ class ServerSettings:
         """
         keys = {item.name: item.name.replace("_", "-") for item in fields(cls)}
         values: dict[str, Any] = {name: config[key] for name, key in keys.items() if key in config}
-        return cls(**values)
+        return cls(**{**values, "wire": wire_settings(config)})
 
     def lr_scale(self, number: int) -> float:
         """What learning rates are multiplied with in a round, counted from 1: above 0, at most 1."""
@@ -91,7 +94,7 @@ class ServerSettings:
             # bool is an int to Python, but not to whoever wrote `rounds = true`; 600 will do for 600.0.
             if type(value) is not kind and not (kind is float and type(value) is int):
                 wrong.add(name)
-                yield f"{name.replace('_', '-')} is {value!r}, expected {_KINDS[kind]}"
+                yield f"{name.replace('_', '-')} is {value!r}, expected {_KINDS.get(kind, kind.__name__)}"
             elif name in LIMITS and not LIMITS[name][0] <= value <= LIMITS[name][1]:
                 wrong.add(name)
                 yield f"{name.replace('_', '-')} is {value}, expected {LIMITS[name][0]} to {LIMITS[name][1]}"

@@ -179,6 +179,41 @@ def simulate(
         str, typer.Option(help="Rates over rounds: cosine or constant.", rich_help_panel="Training")
     ] = "cosine",
     warmup_rounds: Annotated[int, typer.Option(help="Rounds of warm-up.", rich_help_panel="Training")] = 0,
+    wire: Annotated[
+        str,
+        typer.Option(
+            help="How messages are rounded: lossless, default or smallest; the options below replace parts, "
+            "and 0 or auto leaves a part as it is.",
+            rich_help_panel="Wire",
+        ),
+    ] = "default",
+    wire_up_bits: Annotated[
+        float,
+        typer.Option(
+            help="Bits of a number going up: 0.5 to 12, 16 (bfloat16), 32 (float32).", rich_help_panel="Wire"
+        ),
+    ] = 0.0,
+    wire_head_bits: Annotated[
+        float, typer.Option(help="The same, of the task head.", rich_help_panel="Wire")
+    ] = 0.0,
+    wire_down_bits: Annotated[
+        float,
+        typer.Option(help="Bits of a number's change going down: 0.5 to 12, or 32.", rich_help_panel="Wire"),
+    ] = 0.0,
+    wire_keep: Annotated[
+        float, typer.Option(help="Share of the largest numbers that go up.", rich_help_panel="Wire")
+    ] = 0.0,
+    wire_feedback: Annotated[
+        str,
+        typer.Option(
+            help="Clients add what rounding dropped to their next update: on, off, auto.",
+            rich_help_panel="Wire",
+        ),
+    ] = "auto",
+    wire_stochastic: Annotated[
+        str,
+        typer.Option(help="Clients round up or down by chance: on, off, auto.", rich_help_panel="Wire"),
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of everything drawn at random.", rich_help_panel="Run")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Run")] = "auto",
     dtype: Annotated[

@@ -15,6 +15,7 @@ from fl_client.train import LocalSettings
 from fl_server.settings import ServerSettings
 from vblora.errors import ConfigError, RunError
 from vblora.files import write_atomic
+from vblora.rounding import wire_keys
 
 __all__ = ["CONFIG_FILE", "Config", "check_config", "default_config", "load_config", "save_config"]
 
@@ -31,13 +32,15 @@ def default_config() -> Config:
     flat: Config = {**site, "cohort": SiteSettings.cohort}  # type: ignore[dict-item]
     for kind in (DataSettings, AdapterSettings, LocalSettings, HazardSettings, ServerSettings):
         for item in fields(kind):
+            if item.name == "wire":
+                continue
             name = (
                 "local-steps"
                 if (kind, item.name) == (LocalSettings, "steps")
                 else item.name.replace("_", "-")
             )
             flat[name] = item.default  # type: ignore[assignment]
-    return flat
+    return {**flat, **wire_keys()}
 
 
 def check_config(config: Mapping[str, Any]) -> tuple[SiteSettings, ServerSettings]:

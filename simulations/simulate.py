@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def prepare(config: Config) -> Site:
     settings, server = check_config(config)
     _require_writable(Path(server.out))
     History(Path(server.out)).check(server.resume)
-    return open_site(settings)
+    return open_site(replace(settings, state=str(Path(server.out) / "clients")))
 
 
 def simulate(

@@ -5,6 +5,7 @@ FedVBError                 anything below; the command line prints it as one lin
 ├── DataError              a data set that cannot be read or does not fit the task
 ├── ModelError             a base model that cannot be loaded or adapted
 ├── WireError              bytes that do not decode to what they claim to be
+│   └── UnknownStateError  they build on a state that is not held here
 ├── UpdateError            a decoded update that must not be aggregated
 ├── RunError               a run directory, or a round, that cannot go on
 └── ExportError            an adapter that the asked format cannot express
@@ -21,6 +22,7 @@ __all__ = [
     "FedVBError",
     "ModelError",
     "RunError",
+    "UnknownStateError",
     "UpdateError",
     "WireError",
     "raise_faults",
@@ -45,6 +47,10 @@ class ModelError(FedVBError):
 
 class WireError(FedVBError):
     """A blob that is truncated, altered, of another version, or out of its declared bounds."""
+
+
+class UnknownStateError(WireError):
+    """A blob that is sound, but builds on a state that the receiver does not hold: ask for a whole one."""
 
 
 class UpdateError(FedVBError):

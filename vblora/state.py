@@ -74,13 +74,15 @@ class Update:
         examples: texts that it trained on in this round; its weight in the mean.
         dense: change against the reference, float32, by section.
         topk: the client's own selection after training; a row equal to the reference counts as unchanged.
+        steps: where a section was rounded to whole steps (`vblora.rounding`), the step.
     """
 
     version: int
     reference: bytes
     examples: int
     dense: Mapping[str, Floats]
-    topk: TopK | None = field(default=None)
+    topk: TopK | None = None
+    steps: Mapping[str, float] = field(default_factory=dict)
 
 
 def initial_state(blueprint: Blueprint) -> State:

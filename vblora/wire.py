@@ -1,182 +1,149 @@
-"""One blob a direction: header, sections with lengths, checksum. The page of the format is docs/wire.md.
+"""States and updates as bytes, and back, exactly. The page of the format is docs/wire.md.
 
-All integers are little-endian.
+Nothing is lost here: what was to be given up has been given up in `vblora.rounding`. Every section is written
+in the smallest form that gives it back to the bit, so a state that lies on the grid travels as its difference
+from one that the receiver holds, and any other travels whole. A section that does not differ from the base
+is left out; the base of an update is the state that it was trained from.
 
-    magic 4 | format u16 | kind u8 | sections u8 | fingerprint 16 | version u64 | reference 16 | examples u32
-    then for each section: name u8+bytes | encoding u8 | axes u8 | axis u32 ... | length u64 | payload
-    then crc32 u32 of all before it
-
-Nothing is allocated from a declared size before it was checked against the blueprint and against the bytes at
-hand.
+Nothing is allocated from a declared size before it was checked against the blueprint and the bytes at hand.
 """
 
 from __future__ import annotations
 
 import math
-import struct
-import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import IntEnum
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vblora.errors import WireError
+from vblora.entropy import Reader, decode_integers, encode_integers
+from vblora.errors import UnknownStateError, WireError
+from vblora.frame import Encoding, Header, Kind, Section, read_blob, write_blob
 from vblora.packing import index_bits, pack_integers, packed_size, unpack_integers
+from vblora.rounding import from_grid, on_grid
+from vblora.selection import decode_selection, encode_selection, on_gap_grid
 from vblora.spec import Blueprint
 from vblora.state import State, TopK, Update, content_faults, initial_state
 
-__all__ = [
-    "FORMAT",
-    "Kind",
-    "Section",
-    "decode_state",
-    "decode_update",
-    "encode_state",
-    "encode_update",
-    "read_sections",
-    "section_bytes",
-]
+__all__ = ["decode_state", "decode_update", "encode_state", "encode_update", "initial"]
 
-MAGIC = b"FVBL"
-FORMAT = 1
-HEADER = struct.Struct("<4sHBB16sQ16sI")
-MAX_AXES = 4
+Floats = NDArray[np.float32]
+MOST_EXPONENT = 31
 
 
-class Kind(IntEnum):
-    """What a blob holds."""
-
-    STATE = 1
-    UPDATE = 2
-
-
-class Encoding(IntEnum):
-    """How a section's payload is written."""
-
-    FLOAT32 = 1
-    PACKED = 2  # unsigned integers of ceil(log2 h) bits each, least significant bit first
+@lru_cache(maxsize=4)
+def initial(blueprint: Blueprint) -> State:
+    """Version 0 of a blueprint, drawn once a process; treat it as read-only."""
+    return initial_state(blueprint)
 
 
-@dataclass(frozen=True)
-class Section:
-    """One named array of a blob as it stands there, not yet decoded."""
+def encode_state(state: State, blueprint: Blueprint, base: State | None = None) -> bytes:
+    """Write a state: whole, or as its difference from a `base` that the receiver holds.
 
-    name: str
-    encoding: Encoding
-    shape: tuple[int, ...]
-    payload: memoryview
-
-    @property
-    def count(self) -> int:
-        """Numbers that the section stands for."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Header:
-    """The fixed part of a blob."""
-
-    kind: Kind
-    fingerprint: bytes
-    version: int
-    reference: bytes
-    examples: int
-
-
-def encode_state(state: State, blueprint: Blueprint) -> bytes:
-    """Write a reference state. Version 0 has no sections: both sides draw it from the seed."""
-    header = Header(Kind.STATE, blueprint.fingerprint, state.version, state.digest, 0)
-    return _write(header, [] if state.version == 0 else _sections(state.dense, state.topk, blueprint))
+    Version 0 has no sections: both sides draw it from the seed.
+    """
+    if state.version == 0:
+        return write_blob(Header(Kind.STATE, blueprint.fingerprint, 0, state.digest), [])
+    header = Header(
+        Kind.STATE,
+        blueprint.fingerprint,
+        state.version,
+        state.digest,
+        None if base is None else base.version,
+        bytes(16) if base is None else base.digest,
+    )
+    sections = list(_selection_sections(state.topk, None if base is None else base.topk, blueprint))
+    for name in blueprint.dense_shapes:
+        values = state.dense[name]
+        if base is None:
+            sections.append(_float_section(name, values))
+        elif not _same(values, base.dense[name]):
+            start = initial(blueprint).dense[name]
+            sections.append(
+                _grid_section(name, values, base.dense[name], start) or _float_section(name, values)
+            )
+    return write_blob(header, sections)
 
 
-def encode_update(update: Update, blueprint: Blueprint) -> bytes:
-    """Write a client's update, lossless."""
-    header = Header(Kind.UPDATE, blueprint.fingerprint, update.version, update.reference, update.examples)
-    return _write(header, _sections(update.dense, update.topk, blueprint))
+def decode_state(blob: bytes, blueprint: Blueprint, held: Mapping[bytes, State] | None = None) -> State:
+    """Read a state and check it against the digest that it carries.
 
-
-def decode_state(blob: bytes, blueprint: Blueprint) -> State:
-    """Read a reference state and check it against the digest that it carries.
+    Args:
+        blob: what `encode_state` wrote.
+        blueprint: of the adapter.
+        held: states that a blob may build on, by digest; version 0 is always held.
 
     Raises:
+        UnknownStateError: it builds on a state that is not held.
         WireError: the blob is damaged or of another adapter; its content is not what the digest names, or
             cannot be a state: a number that is not finite, a selection out of bounds.
     """
     header, sections = _read_for(blob, Kind.STATE, blueprint)
     if header.version == 0 and not sections:
-        state = initial_state(blueprint)
+        state = initial(blueprint)
     else:
-        dense, topk = _arrays(sections, blueprint)
-        state = State(header.version, dense, topk)
-    if state.digest != header.reference:
-        raise WireError(f"state: content has digest {state.digest.hex()}, expected {header.reference.hex()}")
+        base = _base(header, blueprint, held or {})
+        state = replace(_read_state(sections, blueprint, base), version=header.version)
+    if state.digest != header.digest:
+        raise WireError(f"state: content has digest {state.digest.hex()}, expected {header.digest.hex()}")
     if faults := list(content_faults(state.dense, state.topk, blueprint)):
         raise WireError("state: " + "; ".join(faults))
     return state
 
 
-def decode_update(blob: bytes, blueprint: Blueprint) -> Update:
+def encode_update(update: Update, blueprint: Blueprint, reference: State | None = None) -> bytes:
+    """Write a client's update; `reference` is what it was trained from, None writes it whole."""
+    header = Header(
+        Kind.UPDATE,
+        blueprint.fingerprint,
+        update.version,
+        update.reference,
+        None if reference is None else reference.version,
+        bytes(16) if reference is None else reference.digest,
+        update.examples,
+    )
+    topk = None if reference is None else reference.topk
+    sections = list(_selection_sections(update.topk, topk, blueprint))
+    for name in blueprint.dense_shapes:
+        change = update.dense[name]
+        if reference is None or change.view(np.uint32).any():
+            sections.append(_change_section(name, change, update.steps.get(name, 0.0)))
+    return write_blob(header, sections)
+
+
+def decode_update(blob: bytes, blueprint: Blueprint, reference: State | None = None) -> Update:
     """Read a client's update. Its numbers are not yet judged: see `vblora.state.check_update`.
 
     Raises:
+        UnknownStateError: it was trained from another state than `reference`.
         WireError: the blob is damaged or of another adapter.
     """
     header, sections = _read_for(blob, Kind.UPDATE, blueprint)
-    dense, topk = _arrays(sections, blueprint)
-    return Update(header.version, header.reference, header.examples, dense, topk)
+    base = None
+    if header.base_version is not None:
+        base = _base(header, blueprint, {} if reference is None else {reference.digest: reference})
+    dense, topk, steps = _read_changes(sections, blueprint, base)
+    return Update(header.version, header.digest, header.examples, dense, topk, steps)
 
 
-def read_sections(blob: bytes) -> tuple[Header, list[Section]]:
-    """Take a blob apart without knowing its blueprint.
-
-    Raises:
-        WireError: wrong magic, format, checksum or lengths.
-    """
-    if len(blob) < HEADER.size + 4:
-        raise WireError(f"blob: {len(blob)} bytes, expected at least {HEADER.size + 4}; it is truncated")
-    magic, form, kind, count, fingerprint, version, reference, examples = HEADER.unpack_from(blob)
-    if magic != MAGIC:
-        raise WireError(f"blob: starts with {magic!r}, expected {MAGIC!r}; this is not a fed-vblora blob")
-    if form != FORMAT:
-        raise WireError(
-            f"blob: format {form}, expected {FORMAT}; run the same fed-vblora version on both sides"
+def _base(header: Header, blueprint: Blueprint, held: Mapping[bytes, State]) -> State | None:
+    if header.base_version is None:
+        return None
+    found = held.get(header.base_digest)
+    if found is None and header.base_version == 0 and initial(blueprint).digest == header.base_digest:
+        return initial(blueprint)
+    if found is None:
+        raise UnknownStateError(
+            f"blob: builds on version {header.base_version} ({header.base_digest.hex()[:8]}), "
+            f"held are {sorted(state.version for state in held.values()) or 'version 0 alone'}"
         )
-    if zlib.crc32(memoryview(blob)[:-4]) != int.from_bytes(blob[-4:], "little"):
-        raise WireError("blob: checksum does not match; it was truncated or altered on the way")
-    try:
-        header = Header(Kind(kind), fingerprint, version, reference, examples)
-    except ValueError as error:
-        raise WireError(f"blob: kind {kind}, expected one of {[int(k) for k in Kind]}") from error
-    return header, _split(memoryview(blob)[HEADER.size : -4], count)
-
-
-def _split(body: memoryview, count: int) -> list[Section]:
-    sections = []
-    try:
-        for _ in range(count):
-            name_length = body[0]
-            name = bytes(body[1 : 1 + name_length]).decode("ascii")
-            encoding, axes = Encoding(body[1 + name_length]), body[2 + name_length]
-            if axes > MAX_AXES:
-                raise WireError(f"blob: section {name} has {axes} axes, expected at most {MAX_AXES}")
-            at = 3 + name_length
-            *shape, length = struct.unpack_from(f"<{axes}IQ", body, at)
-            body = body[at + 4 * axes + 8 :]
-            if length > len(body):
-                raise WireError(f"blob: section {name} declares {length} bytes, {len(body)} are left")
-            sections.append(Section(name, encoding, tuple(shape), body[:length]))
-            body = body[length:]
-    except (IndexError, ValueError, struct.error) as error:
-        raise WireError(f"blob: section {len(sections) + 1} of {count} is not readable ({error})") from error
-    if len(body):
-        raise WireError(f"blob: {len(body)} bytes after the last section")
-    return sections
+    return found
 
 
 def _read_for(blob: bytes, kind: Kind, blueprint: Blueprint) -> tuple[Header, list[Section]]:
-    header, sections = read_sections(blob)
+    header, sections = read_blob(blob)
     if header.kind is not kind:
         raise WireError(f"blob: holds a {header.kind.name.lower()}, expected a {kind.name.lower()}")
     if header.fingerprint != blueprint.fingerprint:
@@ -188,65 +155,148 @@ def _read_for(blob: bytes, kind: Kind, blueprint: Blueprint) -> tuple[Header, li
     return header, sections
 
 
-def _write(header: Header, sections: list[bytes]) -> bytes:
-    start = HEADER.pack(
-        MAGIC,
-        FORMAT,
-        header.kind,
-        len(sections),
-        header.fingerprint,
-        header.version,
-        header.reference,
-        header.examples,
-    )
-    body = b"".join([start, *sections])
-    return body + zlib.crc32(body).to_bytes(4, "little")
+# --- Writing -------------------------------------------------------------------------
 
 
-def _sections(
-    dense: Mapping[str, NDArray[np.float32]], topk: TopK | None, blueprint: Blueprint
-) -> list[bytes]:
-    arrays = []
-    if topk is not None and blueprint.topk_shape is not None:
-        packed = pack_integers(topk.positions, index_bits(blueprint.topk_shape[2]))
-        arrays.append(_section("positions", Encoding.PACKED, topk.positions.shape, packed))
-        arrays.append(_section("gaps", Encoding.FLOAT32, topk.gaps.shape, _float_bytes(topk.gaps)))
-    for name in blueprint.dense_shapes:
-        arrays.append(_section(name, Encoding.FLOAT32, dense[name].shape, _float_bytes(dense[name])))
-    return arrays
+def _selection_sections(topk: TopK | None, base: TopK | None, blueprint: Blueprint) -> Iterator[Section]:
+    if topk is None or blueprint.topk_shape is None:
+        return
+    if base is not None and on_gap_grid(topk, base):
+        if not topk.same_rows(base).all():
+            payload = encode_selection(topk, base)
+            yield Section("selection", Encoding.SELECTION, topk.positions.shape, payload)
+        return
+    packed = pack_integers(topk.positions, index_bits(blueprint.topk_shape[2]))
+    yield Section("positions", Encoding.PACKED, topk.positions.shape, packed)
+    yield _float_section("gaps", topk.gaps)
 
 
-def _section(name: str, encoding: Encoding, shape: tuple[int, ...], payload: bytes) -> bytes:
-    label = name.encode("ascii")
-    start = struct.pack(
-        f"<B{len(label)}sBB{len(shape)}IQ", len(label), label, encoding, len(shape), *shape, len(payload)
-    )
-    return start + payload
+def _float_section(name: str, array: Floats) -> Section:
+    return Section(name, Encoding.FLOAT32, array.shape, np.ascontiguousarray(array, "<f4").tobytes())
 
 
-def _float_bytes(array: NDArray[np.float32]) -> bytes:
-    return np.ascontiguousarray(array, "<f4").tobytes()
+def _grid_section(name: str, values: Floats, base: Floats, start: Floats) -> Section | None:
+    """The difference of two arrays on the grid, or None where one of them is not."""
+    new, old = on_grid(values, start), on_grid(base, start)
+    if new is None or old is None:
+        return None
+    change = new - old
+    exponent = _common_exponent(change)
+    payload = bytes([exponent]) + encode_integers(change >> exponent)
+    return Section(name, Encoding.GRID, values.shape, payload)
 
 
-def _arrays(
-    sections: list[Section], blueprint: Blueprint
-) -> tuple[dict[str, NDArray[np.float32]], TopK | None]:
-    """Decode sections into arrays of exactly the shapes that the blueprint names."""
+def _common_exponent(change: NDArray[np.int64]) -> int:
+    """The largest e for which every number is a multiple of 2^e; 0 where all are 0."""
+    bits = int(np.bitwise_or.reduce(change.reshape(-1), initial=0))
+    return (bits & -bits).bit_length() - 1 if bits else 0
+
+
+def _change_section(name: str, change: Floats, step: float) -> Section:
+    bits = np.ascontiguousarray(change, "<f4").view("<u4")
+    if step:
+        whole = np.rint(change / np.float32(step)).astype(np.int64)
+        payload = np.array(step, "<f4").tobytes() + encode_integers(whole)
+        return Section(name, Encoding.STEPS, change.shape, payload)
+    if not (bits & 0xFFFF).any():
+        return Section(name, Encoding.BFLOAT16, change.shape, (bits >> 16).astype("<u2").tobytes())
+    return _float_section(name, change)
+
+
+def _same(one: Floats, other: Floats) -> bool:
+    return np.array_equal(one.view(np.uint32), other.view(np.uint32))
+
+
+# --- Reading -------------------------------------------------------------------------
+
+
+def _read_state(sections: list[Section], blueprint: Blueprint, base: State | None) -> State:
+    """The content of a state; its version is the caller's to set."""
+    found = _named(sections, blueprint, base)
+    dense = {}
+    for name, shape in blueprint.dense_shapes.items():
+        old = None if base is None else base.dense[name]
+        if name in found:
+            dense[name] = _values(found[name], shape, old, blueprint)
+        elif old is not None:
+            dense[name] = old
+    return State(0, dense, _read_topk(found, blueprint, None if base is None else base.topk))
+
+
+def _read_changes(
+    sections: list[Section], blueprint: Blueprint, base: State | None
+) -> tuple[dict[str, Floats], TopK | None, dict[str, float]]:
+    """The content of an update: changes, selection, steps."""
+    found = _named(sections, blueprint, base)
+    dense, steps = {}, {}
+    for name, shape in blueprint.dense_shapes.items():
+        dense[name] = _change(found[name], shape) if name in found else np.zeros(shape, np.float32)
+        if name in found and found[name].encoding is Encoding.STEPS:
+            steps[name] = float(np.frombuffer(found[name].payload, "<f4", 1)[0])
+    return dense, _read_topk(found, blueprint, None if base is None else base.topk), steps
+
+
+def _named(sections: list[Section], blueprint: Blueprint, base: State | None) -> dict[str, Section]:
+    """Sections by name: none twice, none unknown, and without a base none missing."""
     found = {section.name: section for section in sections}
-    expected = [*blueprint.dense_shapes, *(["positions", "gaps"] if blueprint.topk_shape else [])]
-    if sorted(section.name for section in sections) != sorted(expected):
-        raise WireError(
-            f"blob: sections are {[s.name for s in sections]}, expected {sorted(expected)}, each once"
-        )
-    dense = {name: _floats(found[name], shape) for name, shape in blueprint.dense_shapes.items()}
+    whole = base is None or "positions" in found or "gaps" in found
+    chosen = {"positions", "gaps"} if whole else {"selection"}
+    known = {*blueprint.dense_shapes, *(chosen if blueprint.topk_shape else ())}
+    required = known if base is None else known & ({"positions", "gaps"} if whole else set())
+    if len(found) < len(sections) or not required <= set(found) <= known:
+        names = [section.name for section in sections]
+        raise WireError(f"blob: sections are {names}, expected {sorted(known)}, each once")
+    return found
+
+
+def _read_topk(found: Mapping[str, Section], blueprint: Blueprint, base: TopK | None) -> TopK | None:
     if blueprint.topk_shape is None:
-        return dense, None
+        return None
     rows, k, h = blueprint.topk_shape
-    positions = _packed(found["positions"], (rows, k), index_bits(h))
-    return dense, TopK(positions, _floats(found["gaps"], (rows, k - 1)))
+    if "positions" in found:
+        positions = _packed(found["positions"], (rows, k), index_bits(h))
+        return TopK(positions, _floats(found["gaps"], (rows, k - 1)))
+    if base is None or "selection" not in found:
+        return base
+    _expect(found["selection"], Encoding.SELECTION, (rows, k))
+    return decode_selection(found["selection"].payload, base, h)
 
 
-def _floats(section: Section, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _values(section: Section, shape: tuple[int, ...], base: Floats | None, blueprint: Blueprint) -> Floats:
+    """A state's section: whole, or a difference on the grid."""
+    if base is None or section.encoding is Encoding.FLOAT32:
+        return _floats(section, shape)
+    _expect(section, Encoding.GRID, shape)
+    start = initial(blueprint).dense[section.name]
+    old = on_grid(base, start)
+    data = Reader(section.payload)
+    exponent = data.take(1)[0]
+    if old is None or exponent > MOST_EXPONENT:
+        raise WireError(
+            f"blob: section {section.name} has exponent {exponent} on a base that may be off the grid"
+        )
+    change = decode_integers(data, math.prod(shape)).reshape(shape)
+    data.finish()
+    return from_grid(start, old + (change.astype(np.int64) << exponent))
+
+
+def _change(section: Section, shape: tuple[int, ...]) -> Floats:
+    """An update's section."""
+    if section.encoding is Encoding.STEPS:
+        _expect(section, Encoding.STEPS, shape)
+        data = Reader(section.payload)
+        step = np.frombuffer(data.take(4), "<f4")[0]
+        whole = decode_integers(data, math.prod(shape)).reshape(shape)
+        data.finish()
+        return np.asarray(whole.astype(np.float32) * step, np.float32)
+    if section.encoding is Encoding.BFLOAT16:
+        _expect(section, Encoding.BFLOAT16, shape, 2 * math.prod(shape))
+        bits = np.frombuffer(section.payload, "<u2").astype(np.uint32) << 16
+        return bits.view(np.float32).reshape(shape)
+    return _floats(section, shape)
+
+
+def _floats(section: Section, shape: tuple[int, ...]) -> Floats:
     _expect(section, Encoding.FLOAT32, shape, 4 * math.prod(shape))
     return np.frombuffer(section.payload, "<f4").astype(np.float32).reshape(shape)
 
@@ -257,20 +307,10 @@ def _packed(section: Section, shape: tuple[int, ...], bits: int) -> NDArray[np.i
     return unpack_integers(section.payload, count, bits).reshape(shape)
 
 
-def _expect(section: Section, encoding: Encoding, shape: tuple[int, ...], length: int) -> None:
+def _expect(section: Section, encoding: Encoding, shape: tuple[int, ...], length: int | None = None) -> None:
     if section.shape != shape:
         raise WireError(f"blob: section {section.name} has shape {section.shape}, expected {shape}")
     if section.encoding is not encoding:
         raise WireError(f"blob: section {section.name} is {section.encoding.name}, expected {encoding.name}")
-    if len(section.payload) != length:
+    if length is not None and len(section.payload) != length:
         raise WireError(f"blob: section {section.name} has {len(section.payload)} bytes, expected {length}")
-
-
-def section_bytes(blob: bytes) -> dict[str, int]:
-    """Bytes by section name, as they stand in the blob; "frame" is the header, section headers and checksum.
-
-    Raises:
-        WireError: as `read_sections`.
-    """
-    sizes = {section.name: len(section.payload) for section in read_sections(blob)[1]}
-    return {**sizes, "frame": len(blob) - sum(sizes.values())}

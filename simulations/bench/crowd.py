@@ -24,9 +24,11 @@ from fl_client.settings import AdapterSettings, DataSettings, SiteSettings
 from fl_client.site import Site
 from fl_client.train import LocalSettings
 from simulations.bench.shapes import LABELS, SHAPES, Shape, build, make_examples
+from vblora.frame import read_blob
 from vblora.model import describe_base, find_head, find_linears
+from vblora.rounding import WIRES, round_update
 from vblora.spec import Blueprint, VBLoRASpec
-from vblora.state import Update
+from vblora.state import State, Update
 from vblora.wire import decode_state, encode_update
 
 __all__ = ["measure_overhead", "measure_scale"]
@@ -135,7 +137,7 @@ class _Idle:
         base = build(shape, torch.device("meta"))
         spec = VBLoRASpec(rank=4, num_vectors=shape.num_vectors, vector_length=shape.vector_length)
         self._blueprint = Blueprint(spec, find_linears(base), find_head(base), describe_base(base), LABELS)
-        self._blob = b""
+        self._held: dict[bytes, State] = {}
         self._update: Update | None = None
 
     def __call__(self, questions: Sequence[Question]) -> Iterator[Answer]:
@@ -150,8 +152,10 @@ class _Idle:
                 yield Answer(question.client, text=self._told())
 
     def _trained(self, blob: bytes) -> bytes:
-        if self._update is None or self._blob is not blob:
-            self._blob, state = blob, decode_state(blob, self._blueprint)
+        digest = read_blob(blob)[0].digest
+        if self._update is None or self._update.reference != digest:
+            state = decode_state(blob, self._blueprint, self._held)
+            self._held[digest] = state
             rng = np.random.default_rng(state.version)
             dense = {
                 name: rng.normal(0, 1e-3, array.shape).astype(np.float32)
@@ -161,8 +165,9 @@ class _Idle:
             moved = rng.random((len(state.topk.gaps), 1)) < 0.5
             gaps = np.where(moved, state.topk.gaps + np.float32(0.01), state.topk.gaps)
             topk = replace(state.topk, gaps=gaps)
-            self._update = Update(state.version, state.digest, 16, dense, topk)
-        return encode_update(self._update, self._blueprint)
+            exact = Update(state.version, state.digest, 16, dense, topk)
+            self._update = round_update(exact, state, WIRES["default"], {}, rng)[0]
+        return encode_update(self._update, self._blueprint, self._held[digest])
 
     def _told(self) -> str:
         return json.dumps(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from fl_client import serve
-from fl_client.serve import Answer, Question, answer
+from fl_client.serve import NEED_STATE, Answer, Question, answer
 from fl_client.site import Site
 from fl_client.tasks import SUMS
 from tests.fl_client.sites import make_site
 from vblora.errors import WireError
+from vblora.rounding import WIRES, round_state
 from vblora.spec import Blueprint
 from vblora.state import State, check_update, initial_state
-from vblora.wire import decode_update, encode_state
+from vblora.wire import decode_state, decode_update, encode_state
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def test_every_client_that_is_asked_sends_an_update(site: Site, state: State):
     found = by_client(list(answer(site, train(site, state, range(6)))))
     assert sorted(found) == list(range(6))
     for client, item in found.items():
-        update = decode_update(item.blob, site.blueprint)
+        update = decode_update(item.blob, site.blueprint, state)
         check_update(update, site.blueprint, state)
         assert update.examples == item.metrics["examples"] == 4 * min(3, client + 1)
         assert item.metrics["steps"] == 4
@@ -63,7 +67,7 @@ def test_an_update_does_not_depend_on_the_other_clients(site: Site, state: State
 def test_rates_are_scaled_by_the_server(site: Site, state: State):
     still = [Question(0, "train", encode_state(state, site.blueprint), {"round": 1, "lr-scale": 0.0})]
     (found,) = answer(site, still)
-    assert not any(array.any() for array in decode_update(found.blob, site.blueprint).dense.values())
+    assert not any(array.any() for array in decode_update(found.blob, site.blueprint, state).dense.values())
 
 
 def test_who_drops_out_says_so_and_the_others_train(state: State):
@@ -127,19 +131,56 @@ def test_nothing_is_asked(site: Site):
 # --- The blob ------------------------------------------------------------------------
 
 
-def test_the_blob_of_a_round_is_read_once(site: Site, state: State, monkeypatch: pytest.MonkeyPatch):
-    serve._decoded.cache_clear()
-    reads: list[int] = []
-    decode: Callable[[bytes, Blueprint], State] = serve.decode_state
+def next_state(state: State) -> State:
+    """The state after a round in which the bank moved, on the grid."""
+    rng = np.random.default_rng(5)
+    moved = {name: a + rng.normal(0, 0.01, a.shape).astype(np.float32) for name, a in state.dense.items()}
+    return round_state(State(state.version + 1, moved, state.topk), state, state, WIRES["default"], {})[0]
 
-    def counted(blob: bytes, blueprint: Blueprint) -> State:
+
+def test_the_state_of_a_round_is_read_once(site: Site, state: State, monkeypatch: pytest.MonkeyPatch):
+    site.memory.open("once")
+    reads: list[int] = []
+
+    def counted(blob: bytes, *others: Any) -> State:
         reads.append(len(blob))
-        return decode(blob, blueprint)
+        return decode_state(blob, *others)
 
     monkeypatch.setattr(serve, "decode_state", counted)
-    for question in train(site, state, range(3)):
-        list(answer(site, [question]))
+    blob = encode_state(next_state(state), site.blueprint, state)
+    config = {"round": 2, "lr-scale": 1.0, "run": "once"}
+    for client in range(3):
+        list(answer(site, [Question(client, "train", blob, config)]))
     assert len(reads) == 1
+
+
+def test_a_client_that_lacks_the_base_asks_for_the_state(site: Site, state: State):
+    """It trains on nothing wrong, and goes on once it gets the state from version 0."""
+    first = next_state(state)
+    second = replace(next_state(first), version=2)
+    config = {"round": 3, "lr-scale": 1.0, "run": "lost"}
+    (found,) = answer(site, [Question(0, "train", encode_state(second, site.blueprint, first), config)])
+    assert (found.text, found.blob, found.error) == (NEED_STATE, b"", "")
+    (found,) = answer(site, [Question(0, "train", encode_state(second, site.blueprint, state), config)])
+    assert decode_update(found.blob, site.blueprint, second).reference == second.digest
+
+
+def test_what_rounding_drops_goes_into_the_next_update(site: Site, state: State):
+    """With no learning at all, the second update is what was left over from the first."""
+    config = {"round": 1, "lr-scale": 1.0, "run": "feedback"}
+    blob = encode_state(state, site.blueprint)
+    (found,) = answer(site, [Question(1, "train", blob, config)])
+    sent = decode_update(found.blob, site.blueprint, state)
+    waiting = site.memory.waiting(1, 1)
+    assert set(waiting) == set(sent.dense)
+    still = {"round": 2, "lr-scale": 0.0, "run": "feedback"}
+    after = next_state(state)
+    (found,) = answer(site, [Question(1, "train", encode_state(after, site.blueprint, state), still)])
+    later = decode_update(found.blob, site.blueprint, after)
+    left = site.memory.waiting(1, 2)
+    for name, dropped in waiting.items():
+        np.testing.assert_allclose(later.dense[name] + left[name], dropped, atol=1e-7)
+        assert np.abs(dropped).max() <= sent.steps[name] / 2 * 1.001
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate"])

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fl_server.exchange import Kind, Reply, Request
+from fl_server.exchange import NEED_STATE, Kind, Reply, Request
 from fl_server.settings import ServerSettings
+from vblora.errors import UnknownStateError
 from vblora.spec import Blueprint, HeadTensor, Linear, VBLoRASpec
 from vblora.state import State, TopK, Update
 from vblora.wire import decode_state, encode_update
@@ -40,19 +41,27 @@ def make_update(state: State, rng: np.random.Generator, num_vectors: int, exampl
     return Update(state.version, state.digest, examples, dense, topk)
 
 
+DISK: dict[bytes, State] = {}  # states by content: what clients keep outlives a server
+
+
 @dataclass
 class FakeClient:
     """Answers every kind of request; training is a random step, seeded by its name and the round."""
 
     name: str
     blueprint: Blueprint = field(default_factory=make_blueprint)
+    held: dict[bytes, State] = field(default_factory=lambda: DISK)
 
     def answer(self, request: Request) -> Reply:
         if request.kind == "hello":
             return Reply(self.name, text=json.dumps(self.hello()))
         if request.kind == "describe":
             return Reply(self.name, text=json.dumps(self.description()))
-        state = decode_state(request.blob, self.blueprint)
+        try:
+            state = decode_state(request.blob, self.blueprint, self.held)
+        except UnknownStateError:
+            return Reply(self.name, text=NEED_STATE)
+        self.held[state.digest] = state
         if request.kind == "train":
             return self.train(state, request)
         assert request.config["shard"] in range(int(request.config["shards"]))

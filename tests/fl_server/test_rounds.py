@@ -29,7 +29,8 @@ from tests.fl_server.fakes import (
 )
 from vblora.errors import RunError
 from vblora.files import load_state
-from vblora.wire import decode_update, encode_update, section_bytes
+from vblora.frame import section_bytes
+from vblora.wire import decode_update, encode_update
 
 
 def run(out: Path, exchange: FakeExchange | None = None, **options: Any) -> dict[str, Any]:
@@ -111,8 +112,8 @@ def test_files_of_a_finished_run(tmp_path: Path):
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert files == [
         "adapter/adapter.safetensors",
-        "checkpoints/round-00003.safetensors",
-        "checkpoints/round-00004.safetensors",
+        *(f"checkpoints/round-0000{number}.safetensors" for number in range(5)),
+        *(f"checkpoints/server-0000{number}.safetensors" for number in range(5)),
         "history.jsonl",
         "summary.json",
     ]

@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from vblora import seeded
+from vblora.rounding import from_grid
+from vblora.selection import GAP_STEP
 from vblora.spec import Blueprint, HeadTensor, Linear, VBLoRASpec
 from vblora.state import State, TopK, Update
-from vblora.wire import encode_state, encode_update
+from vblora.wire import encode_state, encode_update, initial
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -81,14 +83,52 @@ def make_update() -> Update:
     return Update(5, state.digest, 321, {name: -array / 2 for name, array in state.dense.items()}, topk)
 
 
+def make_compact() -> tuple[State, State, Update]:
+    """A state on the grid, the next one, and an update from that on whole steps."""
+    start = initial(BLUEPRINT)
+    rows = np.arange(BLUEPRINT.rows)
+    assert start.topk is not None
+    found = []
+    for turn in (1, 2):
+        steps = {
+            name: (np.arange(array.size) * 37 % (40 * turn) - 9).reshape(array.shape) * 2048
+            for name, array in start.dense.items()
+        }
+        dense = {name: from_grid(array, steps[name]) for name, array in start.dense.items()}
+        moved = (rows % 3 < turn)[:, None]
+        positions = np.where(
+            moved, np.stack([(rows + turn) % 6, (rows + turn + 2) % 6], 1), start.topk.positions
+        )
+        gaps = np.where(moved, (rows % 50)[:, None] * GAP_STEP, start.topk.gaps)
+        found.append(State(turn, dense, TopK(positions.astype(np.int32), gaps.astype(np.float32))))
+    step = 2.0**-9
+    whole = {name: np.rint(array * 700).astype(np.float32) for name, array in make_state().dense.items()}
+    update = Update(
+        2,
+        found[1].digest,
+        77,
+        {name: array * np.float32(step) for name, array in whole.items()},
+        found[0].topk,
+        dict.fromkeys(whole, step),
+    )
+    return found[0], found[1], update
+
+
+def make_blobs() -> dict[str, bytes]:
+    """One blob of each kind."""
+    first, second, update = make_compact()
+    return {
+        "state": encode_state(make_state(), BLUEPRINT),
+        "update": encode_update(make_update(), BLUEPRINT),
+        "state-change": encode_state(second, BLUEPRINT, first),
+        "update-rounded": encode_update(update, BLUEPRINT, second),
+    }
+
+
 def main() -> None:
     GOLDEN.mkdir(exist_ok=True)
     (GOLDEN / "seeded.json").write_text(json.dumps(draws(), indent=1) + "\n")
-    blobs = {
-        "state": encode_state(make_state(), BLUEPRINT),
-        "update": encode_update(make_update(), BLUEPRINT),
-    }
-    for name, blob in blobs.items():
+    for name, blob in make_blobs().items():
         (GOLDEN / f"{name}.hex").write_text("\n".join(textwrap.wrap(blob.hex(), 96)) + "\n")
 
 

@@ -13,22 +13,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.vblora.make_golden import BLUEPRINT, GOLDEN, make_state, make_update
-from vblora.errors import WireError
-from vblora.spec import AdapterSpec, Blueprint, LoRASpec, VBLoRASpec
-from vblora.state import State, TopK, Update, initial_state
-from vblora.wire import (
-    FORMAT,
-    HEADER,
-    Encoding,
-    Kind,
-    decode_state,
-    decode_update,
-    encode_state,
-    encode_update,
-    read_sections,
-    section_bytes,
+from fl_server.aggregate import aggregate
+from tests.vblora.make_golden import (
+    BLUEPRINT,
+    GOLDEN,
+    make_blobs,
+    make_compact,
+    make_state,
+    make_update,
 )
+from vblora.errors import UnknownStateError, WireError
+from vblora.frame import FORMAT, HEADER, Encoding, Kind, read_blob, section_bytes
+from vblora.rounding import WIRES, WireSettings, round_state, round_update
+from vblora.spec import AdapterSpec, Blueprint, LoRASpec, VBLoRASpec
+from vblora.state import State, TopK, Update, check_update, initial_state
+from vblora.wire import decode_state, decode_update, encode_state, encode_update, initial
 
 STATE, UPDATE = encode_state(make_state(), BLUEPRINT), encode_update(make_update(), BLUEPRINT)
 DECODERS: dict[str, tuple[bytes, Callable[[bytes, Blueprint], State | Update]]] = {
@@ -123,8 +122,8 @@ def test_arrays_may_lie_in_memory_as_they_like():
 
 def test_version_0_has_no_sections():
     blob = encode_state(initial_state(BLUEPRINT), BLUEPRINT)
-    assert len(blob) == HEADER.size + 4 == 56
-    assert section_bytes(blob) == {"frame": 56}
+    assert len(blob) == HEADER.size + 4 == 80
+    assert section_bytes(blob) == {"frame": 80}
 
 
 def test_sections_are_as_small_as_their_numbers():
@@ -134,8 +133,8 @@ def test_sections_are_as_small_as_their_numbers():
     assert sizes == {
         "positions": -(-rows * k * 3 // 8),
         "gaps": 4 * rows * (k - 1),
-        "bank": 4 * 6 * 4,
-        "head": 4 * 10,
+        "bank": 2 * 6 * 4,  # its numbers are bfloat16
+        "head": 2 * 10,
     }
 
 
@@ -146,6 +145,136 @@ def test_golden_blobs(kind):
     blob, decode = DECODERS[kind]
     assert blob == golden
     assert same(decode(golden, BLUEPRINT), make_state() if kind == "state" else make_update())
+
+
+# --- Against a base ------------------------------------------------------------------
+
+
+def trained(reference: State, blueprint: Blueprint, seed: int, scale: float = 0.01) -> Update:
+    """An update with a change everywhere, some rows kept, some reweighted, some chosen anew."""
+    rng = np.random.default_rng(seed)
+    dense = {
+        name: rng.normal(0, scale, array.shape).astype(np.float32) for name, array in reference.dense.items()
+    }
+    topk = reference.topk
+    if topk is not None and blueprint.topk_shape is not None:
+        rows, k, h = blueprint.topk_shape
+        drawn = np.argsort(rng.random((rows, h)), axis=1)[:, :k].astype(np.int32)
+        anew, kept = rng.random((2, rows, 1)) < 0.4
+        gaps = np.sort(rng.exponential(0.3, topk.gaps.shape), axis=1).astype(np.float32)
+        topk = TopK(np.where(anew, drawn, topk.positions), np.where(kept & ~anew, topk.gaps, gaps))
+    return Update(reference.version, reference.digest, 10, dense, topk)
+
+
+def states(blueprint: Blueprint, wire: WireSettings, rounds: int = 3) -> list[State]:
+    """Version 0 and the references of a few rounds."""
+    held, waiting = [initial(blueprint)], {}
+    for number in range(rounds):
+        mean = aggregate(held[-1], [trained(held[-1], blueprint, number)], blueprint)
+        state, waiting = round_state(mean, held[-1], held[0], wire, waiting)
+        held.append(state)
+    return held
+
+
+@settings(deadline=None, max_examples=30)
+@given(contents(), st.sampled_from(sorted(WIRES)), st.data())
+def test_a_state_comes_back_from_any_base(content, wire, data):
+    blueprint = content[0]
+    held = states(blueprint, WIRES[wire])
+    at = data.draw(st.integers(1, 3))
+    base = held[data.draw(st.integers(0, at))]
+    blob = encode_state(held[at], blueprint, base)
+    assert same(decode_state(blob, blueprint, {base.digest: base}), held[at])
+    if base.version:
+        with pytest.raises(
+            UnknownStateError, match=f"builds on version {base.version} .*, held are version 0"
+        ):
+            decode_state(blob, blueprint)
+        other = held[0]
+        with pytest.raises(UnknownStateError):
+            decode_state(blob, blueprint, {other.digest: other})
+
+
+bits = st.sampled_from([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+
+
+@settings(deadline=None, max_examples=60)
+@given(contents(), bits, bits, st.booleans(), st.integers(1, 2))
+def test_a_rounded_update_comes_back_to_the_bit(content, up, head, stochastic, version):
+    blueprint = content[0]
+    reference = states(blueprint, WIRES["default"])[version]
+    wire = WireSettings(up_bits=up, head_bits=head, feedback=True, stochastic=stochastic)
+    exact = trained(reference, blueprint, 9)
+    noise = np.random.default_rng(1)
+    rounded, left = round_update(exact, reference, wire, {}, noise)
+    blob = encode_update(rounded, blueprint, reference)
+    back = decode_update(blob, blueprint, reference)
+    check_update(back, blueprint, reference)
+    assert same(back, rounded)
+    assert encode_update(back, blueprint, reference) == blob
+    for name, dropped in left.items():
+        np.testing.assert_array_equal(exact.dense[name] - back.dense[name], dropped)
+
+
+def test_a_zero_update_is_a_frame():
+    reference = states(BLUEPRINT, WIRES["default"])[2]
+    zeros = {name: np.zeros_like(array) for name, array in reference.dense.items()}
+    update = Update(reference.version, reference.digest, 1, zeros, reference.topk)
+    blob = encode_update(update, BLUEPRINT, reference)
+    assert section_bytes(blob) == {"frame": HEADER.size + 4}
+    assert same(decode_update(blob, BLUEPRINT, reference), update)
+
+
+def test_a_state_that_did_not_change_is_a_frame():
+    reference = states(BLUEPRINT, WIRES["default"])[2]
+    blob = encode_state(replace(reference, version=3), BLUEPRINT, reference)
+    assert section_bytes(blob) == {"frame": HEADER.size + 4}
+
+
+def test_an_update_of_another_reference_is_refused():
+    first, second = states(BLUEPRINT, WIRES["default"])[1:3]
+    blob = encode_update(trained(first, BLUEPRINT, 1), BLUEPRINT, first)
+    with pytest.raises(UnknownStateError, match="builds on version 1"):
+        decode_update(blob, BLUEPRINT, second)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_compact_blob_that_is_altered_and_sealed_again_raises_nothing_else(data):
+    held = states(BLUEPRINT, WIRES["default"])
+    first, second = held[1:3]
+    rounded, _ = round_update(
+        trained(second, BLUEPRINT, 3), second, WIRES["default"], {}, np.random.default_rng(0)
+    )
+    kind = data.draw(st.sampled_from(["state", "update"]))
+    blob = (
+        encode_state(second, BLUEPRINT, first)
+        if kind == "state"
+        else encode_update(rounded, BLUEPRINT, second)
+    )
+    body = bytearray(blob[:-4])
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(HEADER.size, len(body) - 1))
+        body[at] = data.draw(st.integers(0, 255))
+    try:
+        if kind == "state":
+            assert same(decode_state(sealed(bytes(body)), BLUEPRINT, {first.digest: first}), second)
+        else:
+            found = decode_update(sealed(bytes(body)), BLUEPRINT, second)
+            assert {name: array.shape for name, array in found.dense.items()} == BLUEPRINT.dense_shapes
+    except WireError:
+        return
+
+
+def test_golden_compact_blobs():
+    first, second, update = make_compact()
+    for name, blob in make_blobs().items():
+        golden = bytes.fromhex((GOLDEN / f"{name}.hex").read_text())
+        assert blob == golden, name
+        if name == "state-change":
+            assert same(decode_state(golden, BLUEPRINT, {first.digest: first}), second)
+        elif name == "update-rounded":
+            assert same(decode_update(golden, BLUEPRINT, second), update)
 
 
 # --- Damage --------------------------------------------------------------------------
@@ -209,7 +338,18 @@ def test_noise_is_refused(noise):
 
 
 def header(**change: object) -> bytes:
-    names = ("magic", "format", "kind", "sections", "fingerprint", "version", "reference", "examples")
+    names = [
+        "magic",
+        "format",
+        "kind",
+        "sections",
+        "fingerprint",
+        "version",
+        "digest",
+        "base",
+        "base_digest",
+        "examples",
+    ]
     values = dict(zip(names, HEADER.unpack_from(UPDATE), strict=True))
     return HEADER.pack(*{**values, **change}.values())
 
@@ -226,7 +366,7 @@ def parts(**change: bytes) -> bytes:
     """The golden update's sections, some replaced."""
     made = {
         held.name: section(held.name.encode(), held.encoding, held.shape, bytes(held.payload))
-        for held in read_sections(UPDATE)[1]
+        for held in read_blob(UPDATE)[1]
     }
     return b"".join({**made, **change}.values())
 
@@ -238,7 +378,7 @@ def test_the_helpers_above_rebuild_the_golden_blob():
 ROWS = BLUEPRINT.rows
 FLOAT, PACKED = Encoding.FLOAT32, Encoding.PACKED
 REFUSED = {
-    "nothing": (b"", "0 bytes, expected at least 56; it is truncated"),
+    "nothing": (b"", "0 bytes, expected at least 80; it is truncated"),
     "magic": (sealed(header(magic=b"FVBM") + parts()), "starts with b'FVBM', expected b'FVBL'"),
     "format": (
         sealed(header(format=FORMAT + 1) + parts()),
