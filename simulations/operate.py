@@ -1,22 +1,144 @@
-"""Commands for those who run a site or a server: `fedvb trainer`, `keys`, `status`."""
+"""Commands for those who run a site or a server: `fedvb keys`, `server`, `site`, `trainer`.
+
+`server` and `site` are Flower's own SuperLink and SuperNode, with TLS and keys unless told otherwise.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vblora.errors import ConfigError
+from vblora.errors import ConfigError, RunError
 
 __all__ = ["add_commands"]
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add them to the command line."""
-    app.command()(trainer)
+    for command in (keys, server, site, trainer):
+        app.command()(command)
+
+
+def keys(
+    out: Annotated[Path, typer.Option(help="Folder of the keys; what is there stays.")],
+    nodes: Annotated[int, typer.Option(help="Nodes in all; more than before adds the new ones.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name or address that nodes call the server by; may be given again."),
+    ] = None,
+    port: Annotated[int, typer.Option(help="Of the server.")] = 8000,
+) -> None:
+    """Make the keys of a federation: an authority, the server's certificate, one key a node.
+
+    Prints what goes where, and the commands that let the nodes in. Keep
+    ca.key off the server: it is needed only to make more certificates.
+    """
+    from fl_server.keys import CONNECTION, make_keys
+
+    made = make_keys(out, nodes, host or ["localhost", "127.0.0.1"], port)
+    print(f"made {', '.join(made.made) or 'nothing new'} in {out}")
+    print(f"server    {out}/server.pem, server.key, ca.crt; good for {', '.join(made.hosts)}")
+    print(f"site n    {out}/ca.crt, node-n: nothing else")
+    print("let the nodes in, once the server runs:")
+    for number in made.nodes:
+        print(f"  FLWR_HOME={out}/flwr flwr supernode register {out}/node-{number}.pub {CONNECTION}")
+
+
+def server(
+    keys: Annotated[Path | None, typer.Option(help="Folder that fedvb keys made.")] = None,
+    state: Annotated[Path, typer.Option(help="Folder of Flower's database and home.")] = Path("superlink"),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="No TLS, no keys: anyone may read, and join.")
+    ] = False,
+) -> None:
+    """Run Flower's SuperLink, over TLS, open to registered nodes only."""
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    arguments = ["--host", host, "--port", str(port), "--database", str(state / "superlink.db")]
+    if insecure:
+        _warn_insecure()
+        arguments += ["--insecure"]
+    else:
+        folder = _keys_folder(keys, "ca.crt", "server.pem", "server.key")
+        arguments += [
+            *("--ssl-ca-certfile", f"{folder}/ca.crt", "--ssl-certfile", f"{folder}/server.pem"),
+            *("--ssl-keyfile", f"{folder}/server.key", "--enable-supernode-auth"),
+        ]
+    _become("flower-superlink", [*arguments, "--disable-runtime-dependency-installation"], state)
+
+
+def site(
+    superlink: Annotated[str, typer.Option(help="HOST:PORT of the server.")],
+    socket: Annotated[Path, typer.Option(help="Socket of this machine's fedvb trainer.")],
+    key: Annotated[Path | None, typer.Option(help="Private key of this node, as node-1.")] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="Certificate of the authority; else ca.crt beside --key.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Of the site, in logs and histories; else its node id.")] = "",
+    state: Annotated[Path, typer.Option(help="Folder of Flower's home.")] = Path("supernode"),
+    port: Annotated[int, typer.Option(help="For Flower's own use on this machine; one a node.")] = 9094,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="No TLS, no key: for a server that has none either.")
+    ] = False,
+) -> None:
+    """Run Flower's SuperNode for this site, over TLS, with its key."""
+    from fl_client.thin import checked_socket
+
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    told = f'socket="{checked_socket(socket)}"' + (f' name="{name}"' if name else "")
+    arguments = ["--superlink", superlink, "--port", str(port), "--node-config", told]
+    if insecure:
+        _warn_insecure()
+        arguments += ["--insecure"]
+    else:
+        if key is None:
+            raise ConfigError("--key: which key is this node's? fedvb keys makes them; or say --insecure")
+        authority = ca or key.parent / "ca.crt"
+        for file in (key, authority):
+            if not file.is_file():
+                raise RunError(f"{file}: no such file; expected what fedvb keys made for this site")
+        arguments += ["--root-certificates", str(authority), "--auth-supernode-private-key", str(key)]
+    _become("flower-supernode", arguments, state)
+
+
+def _keys_folder(keys: Path | None, *names: str) -> Path:
+    if keys is None:
+        raise ConfigError("--keys: where are they? fedvb keys makes them; or say --insecure")
+    for name in names:
+        if not (keys / name).is_file():
+            raise RunError(f"{keys}: has no {name}; expected a folder that fedvb keys made")
+    return keys
+
+
+def _warn_insecure() -> None:
+    print(
+        "fedvb: --insecure: updates travel in plain text, and whoever reaches the port may join; for tests on"
+        " one machine",
+        file=sys.stderr,
+    )
+
+
+def _become(program: str, arguments: list[str], state: Path) -> None:
+    """Turn this process into Flower's, with its home in `state` and no message to its makers."""
+    beside = Path(sys.executable).with_name(program)
+    found = str(beside) if beside.is_file() else shutil.which(program)
+    if found is None:
+        raise RunError(f"{program}: not found; pip install flwr")
+    home = os.environ.get("FLWR_HOME", str((state / "flwr").absolute()))
+    path = os.pathsep.join([str(Path(found).parent), os.environ.get("PATH", "")])  # Flower starts others
+    quiet = {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
+    os.execve(found, [program, *arguments], {**quiet, **os.environ, "FLWR_HOME": home, "PATH": path})
 
 
 def trainer(
