@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -80,6 +81,7 @@ def assemble(settings: SiteSettings, texts: Texts, base: Base) -> Site:
         sizer=CohortSizer(model.device, settings.cohort),
         versions=dict(texts.versions),
         memory=Memory(Path(settings.state) if settings.state else None),
+        salt=zlib.crc32(texts.train.tokens.tobytes()) if len(texts.parts) == 1 else 0,
     )
 
 

@@ -6,6 +6,7 @@ adapter is put into a base for good, so a run with another one has the base load
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping
@@ -65,7 +66,8 @@ class Resident:
             FedVBError: the run does not fit the site, or its message is damaged.
         """
         site = self._site_for(self._settings_for(run))
-        return next(answer(site, [of_lone_site(question)], on_step))
+        found = next(answer(site, [of_lone_site(question)], on_step))
+        return replace(found, text=_without_paths(found.text)) if question.kind == "describe" else found
 
     def _settings_for(self, run: Mapping[str, Scalar]) -> SiteSettings:
         for name in ("labels", "task"):
@@ -114,6 +116,12 @@ class Resident:
             )
             log.info("data %s: %s", settings.data.data, _survey(texts, settings.data.max_length))
         return self._parts
+
+
+def _without_paths(described: str) -> str:
+    """A description for the server: where the site's files lie is nobody else's business."""
+    told = json.loads(described)
+    return json.dumps({**told, **{name: Path(str(told[name])).name for name in ("model", "data")}})
 
 
 def _same_parts(one: SiteSettings, other: SiteSettings | None) -> bool:

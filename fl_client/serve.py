@@ -79,7 +79,7 @@ def _train(site: Site, questions: Sequence[Question], on_step: OnStep | None) ->
 def _rounded(site: Site, memory: Memory, client: int, reference: State, update: Update) -> bytes:
     """An update as bytes; what rounding drops of it is kept for the client's next one."""
     wire, turn = site.settings.wire, update.version + 1
-    noise = np.random.default_rng((site.settings.data.seed, turn, client))
+    noise = np.random.default_rng((site.settings.data.seed, turn, client + site.salt))
     waiting = memory.waiting(client, update.version) if wire.feedback else {}
     rounded, dropped = round_update(update, reference, wire, waiting, noise)
     if wire.feedback:

@@ -41,6 +41,7 @@ class Site:
         sizer: splits clients into cohorts.
         versions: of the libraries and of the data.
         memory: what the clients keep between rounds.
+        salt: of the draws of a site with one client, which has number 0 as at every other such site.
     """
 
     settings: SiteSettings
@@ -53,6 +54,7 @@ class Site:
     sizer: CohortSizer
     versions: dict[str, str]
     memory: Memory
+    salt: int = 0
 
     @property
     def blueprint(self) -> Blueprint:
@@ -131,7 +133,7 @@ class Site:
         return Job(str(client), self.train.take(self.parts[client]), self._seed(client, round_number), steps)
 
     def _seed(self, client: int, round_number: int) -> tuple[int, ...]:
-        return self.settings.data.seed, round_number, client
+        return self.settings.data.seed, round_number, client + self.salt
 
     def _shapes(self, steps: Mapping[int, int], round_number: int) -> dict[int, Shape]:
         """The batches that each client will train on: rows and longest text, step by step."""

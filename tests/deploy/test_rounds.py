@@ -1,0 +1,81 @@
+"""Rounds over TLS between real processes: one SuperLink, SuperNodes with keys, resident trainers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.federation import Federation
+from tests.simulations.conftest import COMMON, TOPICS
+
+LABELS = ["--labels", "food,space,sport"]
+SMALL = {"local_steps": 3, "batch_size": 4, "rank": 2}
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short path, for sockets; kept where it holds the logs of a failed test."""
+    made = Path(tempfile.mkdtemp(prefix="fedvb-"))
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
+
+
+def write_texts(path: Path, labels: list[str], rows: int, seed: int) -> Path:
+    draw = random.Random(seed)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for _ in range(rows):
+            label = draw.choice(labels)
+            words = draw.choices(TOPICS[label].split(), k=4) + draw.choices(COMMON.split(), k=4)
+            writer.writerow([" ".join(words), label])
+    return path
+
+
+def test_two_sites_train_a_round(folder: Path, minilm: Path):
+    files = [
+        write_texts(folder / "first.csv", ["food", "space"], 60, 1),
+        write_texts(folder / "second.csv", ["sport"], 40, 2),
+    ]
+    with Federation(folder, minilm, files, LABELS) as federation:
+        federation.start_all()
+        out = folder / "run"
+        summary = federation.run(out, rounds=1, **SMALL)
+        assert summary["clients"] == 2
+        assert (summary["rejected"], summary["rounds"]) == (0, 1)
+        assert (summary["model"], summary["data"]) == ("model", "first.csv")
+        last = json.loads((out / "history.jsonl").read_text().splitlines()[-1])
+        assert (last["replies"], last["missing"], last["ignored"]) == (2, [], 0)
+        assert last["examples"] == 2 * 3 * 4
+        assert last["eval_examples"] == 10, "a tenth of each site's own texts"
+        for site in federation.sites:
+            assert site.status().bases_loaded == 1
+            assert (folder / f"state-{site.number}" / "memory").is_dir()
+        assert "import torch" not in federation.log("node-1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_three_sites_and_five_rounds_load_three_bases(folder: Path, minilm: Path, assets: Path):
+    lines = (assets / "data" / "sst2" / "train.tsv").read_text().splitlines()
+    files = []
+    for number in range(3):
+        path = folder / f"reviews-{number}.tsv"
+        path.write_text("\n".join([lines[0], *lines[1 + 400 * number : 401 + 400 * number]]) + "\n")
+        files.append(path)
+    with Federation(folder, minilm, files) as federation:
+        federation.start_all()
+        summary = federation.run(folder / "run", seconds=500, rounds=5, eval_every=5, local_steps=5)
+        assert summary["clients"] == 3
+        assert (summary["rejected"], summary["rounds"]) == (0, 5)
+        assert [site.status().bases_loaded for site in federation.sites] == [1, 1, 1]
+        records = [json.loads(line) for line in (folder / "run" / "history.jsonl").read_text().splitlines()]
+        assert all(record["replies"] == 3 for record in records[1:])
+        print([round(record["seconds"], 1) for record in records])
