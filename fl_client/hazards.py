@@ -28,7 +28,7 @@ class HazardSettings:
 
     Attributes:
         dropout: chance that a sampled client gives no update. It says so at once, and nobody waits for a
-            deadline: the history names it among the rejected, and the round goes on without it.
+            deadline: the history names it under `dropped`, and the round goes on without it.
         stragglers: chance that one is stopped early, after 1 to all but one of its steps.
     """
 

@@ -37,7 +37,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What it says: an update blob, numbers, a text, or why there is nothing."""
+    """What it says: an update blob, numbers, a text, or why there is nothing.
+
+    A client that takes no part in a round says so with the number "dropped", and in the text why.
+    """
 
     client: int
     blob: bytes = b""

@@ -52,7 +52,7 @@ def _train(site: Site, questions: Sequence[Question], on_step: OnStep | None) ->
     fates = {question.client: site.fate(number, question.client) for question in questions}
     for client, fate in fates.items():
         if fate.dropped:
-            yield Answer(client, error="dropped out (simulated)")
+            yield Answer(client, metrics={"dropped": 1}, text="dropped out (simulated)")
     working = {client: fate.steps for client, fate in fates.items() if not fate.dropped}
     blobs = {question.client: question.blob for question in questions if question.client in working}
     reference = None

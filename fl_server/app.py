@@ -11,9 +11,11 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from fl_server.config_file import require_same_config, save_config
 from fl_server.exchange import Kind, Reply, Request, client_order
 from fl_server.history import History
 from fl_server.observer import LogObserver
+from fl_server.plot import plot_score
 from fl_server.rounds import run_rounds
 from fl_server.settings import ServerSettings
 from vblora.errors import FedVBError, RunError
@@ -41,12 +43,17 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the rounds. A grid may bring its own `observer`."""
+    """Run the rounds and leave a whole run directory. A grid may bring its own `observer`."""
     try:
         settings = ServerSettings.from_run_config(context.run_config)
-        History(Path(settings.out)).check(settings.resume)  # before anyone loads a model for nothing
+        out = Path(settings.out)
+        History(out).check(settings.resume)  # before anyone loads a model for nothing
+        if settings.resume:
+            require_same_config(out, context.run_config)
+        save_config(out, context.run_config)
         exchange = GridExchange.meet(grid, settings.clients, settings.wait_seconds)
         run_rounds(exchange, settings, getattr(grid, "observer", None) or LogObserver(log))
+        plot_score([out], out / "score.png")
     except FedVBError as error:
         log.error("%s", error)
         raise

@@ -37,8 +37,8 @@ class Reply:
     Attributes:
         client: its name.
         blob: the encoded update, for "train".
-        metrics: numbers about the work done.
-        text: JSON, for "hello" and "describe"; `NEED_STATE` for others.
+        metrics: numbers about the work done; "dropped" is 1 where the client says that it does none.
+        text: JSON, for "hello" and "describe"; why, where it dropped out; `NEED_STATE`.
         error: why there is no answer; everything else is then empty.
     """
 

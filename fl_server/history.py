@@ -18,7 +18,7 @@ __all__ = ["History", "Record", "RejectedReply", "RoundBytes", "blank_record", "
 
 
 class RejectedReply(TypedDict):
-    """A reply that did not count, and why."""
+    """A reply that brought nothing, and why."""
 
     client: str
     reason: str
@@ -46,6 +46,7 @@ class Record(TypedDict):
     clients: int  # asked to train
     replies: int  # usable ones
     rejected: list[RejectedReply]  # in training and evaluation
+    dropped: list[RejectedReply]  # said that they take no part in this round
     missing: list[str]  # asked to train, never answered
     ignored: int  # replies of a client that had answered before, or was not asked
     lr_scale: float
@@ -66,6 +67,7 @@ def blank_record(number: int) -> Record:
         "clients": 0,
         "replies": 0,
         "rejected": [],
+        "dropped": [],
         "missing": [],
         "ignored": 0,
         "lr_scale": 0.0,
@@ -178,6 +180,7 @@ def summarise(settings: ServerSettings, roster: Roster, task: Task, records: lis
             "sent": task.blueprint.stored_parameters,
         },
         "rejected": sum(len(record["rejected"]) for record in records),
+        "dropped": sum(len(record["dropped"]) for record in records),
         "seconds": sum(record["seconds"] for record in records),
         "versions": {"server": _server_versions(), "client": dict(roster.versions)},
     }

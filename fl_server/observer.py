@@ -15,7 +15,7 @@ __all__ = ["LogObserver", "Observer"]
 
 
 class Observer(Protocol):
-    """What the round loop tells, in this order; `round_*` and `reply_received` come again and again."""
+    """What the round loop tells, in this order; all but the first and the last come again and again."""
 
     def run_started(
         self, settings: ServerSettings, roster: Roster, task: Task, done: Sequence[Record]
@@ -27,6 +27,9 @@ class Observer(Protocol):
 
     def reply_received(self, number: int, kind: Kind, client: str, fault: str) -> None:
         """A reply came; where it was rejected, `fault` says why."""
+
+    def client_dropped(self, number: int, client: str, reason: str) -> None:
+        """A client takes no part in the round, as it says itself."""
 
     def round_finished(self, record: Record) -> None:
         """The round is on disk."""
@@ -65,6 +68,9 @@ class LogObserver:
     def reply_received(self, number: int, kind: Kind, client: str, fault: str) -> None:
         if fault:
             self._log.warning("round %d: client %s: %s reply rejected: %s", number, client, kind, fault)
+
+    def client_dropped(self, number: int, client: str, reason: str) -> None:
+        self._log.debug("round %d: client %s: %s", number, client, reason)
 
     def round_finished(self, record: Record) -> None:
         self._log.info(

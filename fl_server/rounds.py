@@ -158,7 +158,12 @@ def _train(run: _Run, reference: Broadcast, record: Record) -> None:
     mean = Mean(reference.state, blueprint)
     losses: dict[str, tuple[float, int]] = {}
     faults: list[Fault] = []
+    dropped: list[Fault] = []
     for reply in inbox.first_of(_ask(run, reference, requests, inbox)):
+        if reply.metrics.get("dropped"):
+            dropped.append(Fault(reply.client, reply.text[:MAX_REASON]))
+            run.observer.client_dropped(number, reply.client, reply.text[:MAX_REASON])
+            continue
         traffic["up"] += len(reply.blob)
         fault = ""
         try:
@@ -181,7 +186,9 @@ def _train(run: _Run, reference: Broadcast, record: Record) -> None:
     record["missing"] = sorted(inbox.waiting, key=client_order)
     record["ignored"] = inbox.ignored
     record["rejected"] += _rejected(faults)
+    record["dropped"] = _rejected(dropped)
     if not mean.updates:
+        faults += dropped
         faults += [Fault(name, "no reply in time") for name in record["missing"]]
         raise RunError(
             f"round {number}: no usable reply from {len(names)} clients: {name_faults(_ordered(faults))}; "

@@ -247,21 +247,19 @@ def simulate(
       fedvb simulate --resume --out runs/lora
     """
     from simulations.config import default_config
-    from simulations.simulate import free_run_directory, resumed_config
+    from simulations.simulate import free_run_directory, resume_note, resumed_config
 
-    given = {
-        name.replace("_", "-"): value
-        for name, value in context.params.items()
-        if name != "workers" and value is not None
-    }
+    given = {name.replace("_", "-"): value for name, value in context.params.items() if value is not None}
     if resume:
         if out is None:
             raise ConfigError("--resume: which run? name it with --out runs/NAME")
         config = resumed_config(out, _on_command_line(context))
+        if note := resume_note(config):
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
     else:
         config = default_config() | given | {"resume": False}
         config["out"] = str(out or free_run_directory(RUNS, config))
-    _run(config, workers)
+    _run(config)
 
 
 @app.command()
@@ -286,7 +284,7 @@ def plot(
     out: Annotated[Path, typer.Option(help="PNG file to write.")],
 ) -> None:
     """Draw the scores of finished runs against rounds and against bytes, in one picture."""
-    from simulations.report import plot_score
+    from fl_server.plot import plot_score
 
     plot_score(runs, out)
     console.print(f"plot: {out}", markup=False, soft_wrap=True)
@@ -307,7 +305,7 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _run(config: dict[str, Any], workers: int) -> None:
+def _run(config: dict[str, Any]) -> None:
     from simulations.progress import Display
     from simulations.report import summary_table
     from simulations.simulate import prepare, simulate
@@ -317,8 +315,8 @@ def _run(config: dict[str, Any], workers: int) -> None:
         site = prepare(config)
     _describe(site, config)
     with Display(console) as display:
-        summary = simulate(config, display, display.on_step, workers)
-    console.print(summary_table(summary, out))
+        summary = simulate(config, display, display.on_step)
+    console.print(summary_table(summary, out, display.measured()))
 
 
 def _describe(site: Any, config: dict[str, Any]) -> None:
@@ -349,7 +347,7 @@ def _on_command_line(context: typer.Context) -> dict[str, Any]:
     return {
         name.replace("_", "-"): value
         for name, value in context.params.items()
-        if name != "workers" and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     }
 
 

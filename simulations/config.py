@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fl_client.hazards import HazardSettings
 from fl_client.partition import parse_partition
-from fl_client.settings import AdapterSettings, DataSettings, SiteSettings
+from fl_client.settings import AdapterSettings, DataSettings, SiteSettings, from_config
 from fl_client.train import LocalSettings
+from fl_server.config_file import read_config
 from fl_server.settings import ServerSettings
-from vblora.errors import ConfigError, RunError
-from vblora.files import write_atomic
+from vblora.errors import ConfigError, raise_faults
 from vblora.rounding import wire_keys
 
-__all__ = ["CONFIG_FILE", "Config", "check_config", "default_config", "load_config", "save_config"]
+__all__ = ["Config", "EngineSettings", "check_config", "default_config", "load_config"]
 
 Config = dict[str, bool | int | float | str]
 
-CONFIG_FILE = "config.json"
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How the in-process engine runs. Flower's engines have options of their own for this.
+
+    Attributes:
+        workers: processes, this one among them; 0 is one a GPU, or one.
+    """
+
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        raise_faults("engine", self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        if self.workers < 0:
+            yield f"workers is {self.workers}, expected 1 or more, or 0 to choose"
 
 
 def default_config() -> Config:
@@ -30,7 +45,14 @@ def default_config() -> Config:
         item.name: item.default for item in fields(SiteSettings) if item.name in ("model", "device", "dtype")
     }
     flat: Config = {**site, "cohort": SiteSettings.cohort}  # type: ignore[dict-item]
-    for kind in (DataSettings, AdapterSettings, LocalSettings, HazardSettings, ServerSettings):
+    for kind in (
+        DataSettings,
+        AdapterSettings,
+        LocalSettings,
+        HazardSettings,
+        ServerSettings,
+        EngineSettings,
+    ):
         for item in fields(kind):
             if item.name == "wire":
                 continue
@@ -55,6 +77,7 @@ def check_config(config: Mapping[str, Any]) -> tuple[SiteSettings, ServerSetting
         SiteSettings.from_run_config,
         ServerSettings.from_run_config,
         lambda given: parse_partition(str(given["partition"])),
+        lambda given: from_config(EngineSettings, given),
     )
     for check in checks:
         try:
@@ -68,27 +91,10 @@ def check_config(config: Mapping[str, Any]) -> tuple[SiteSettings, ServerSetting
     return parts[0], parts[1]
 
 
-def save_config(out: Path, config: Config) -> None:
-    """Write the config into a run directory. Where the run lies is not part of it: the directory can move."""
-    kept = {name: value for name, value in config.items() if name not in ("out", "resume")}
-    write_atomic(out / CONFIG_FILE, json.dumps(kept, indent=2) + "\n")
-
-
 def load_config(run: Path) -> Config:
-    """Read the config of a run directory.
+    """Read the config of a run directory; keys that it lacks have their defaults.
 
     Raises:
         RunError: there is no run, or its config is not readable.
     """
-    path = run / CONFIG_FILE
-    if not path.is_file():
-        raise RunError(
-            f"{run}: no run here, expected a directory with {CONFIG_FILE} as fedvb simulate writes it"
-        )
-    try:
-        kept: Config = json.loads(path.read_text())
-        if not isinstance(kept, dict):
-            raise ValueError("not an object")
-    except (ValueError, OSError) as error:
-        raise RunError(f"{path}: not readable ({error})") from error
-    return {**default_config(), **kept, "out": str(run)}
+    return {**default_config(), **read_config(run), "out": str(run)}

@@ -12,6 +12,7 @@ from fl_server.exchange import Kind
 from fl_server.handshake import Roster, Task
 from fl_server.history import Record
 from fl_server.settings import ServerSettings
+from simulations.meters import Memory, Pace, rate
 from simulations.report import size
 
 __all__ = ["Display"]
@@ -31,6 +32,7 @@ class Display:
         self._rounds = self._round = 0
         self._clients = self._replies = 0  # of this round
         self._loss = ""
+        self._pace, self._memory = Pace(), Memory()
         self._live = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -53,6 +55,11 @@ class Display:
     ) -> None:
         self._live.stop()
 
+    def measured(self) -> dict[str, str]:
+        """Speed and memory, for the closing table."""
+        speed = {"clients trained a second": rate(self._pace.mean)} if self._pace.mean else {}
+        return {**speed, "memory at most": self._memory.most}
+
     def on_step(self, done: int, total: int) -> None:
         """A local step of the client or cohort at work."""
         self._show(f"client {self._replies + 1}/{self._clients}  step {done}/{total}", done / total)
@@ -74,6 +81,7 @@ class Display:
 
     def round_started(self, number: int, clients: Sequence[str]) -> None:
         self._round, self._clients, self._replies = number, len(clients), 0
+        self._pace.round_started()
         self._show(f"client 1/{self._clients}")
 
     def reply_received(self, number: int, kind: Kind, client: str, fault: str) -> None:
@@ -81,8 +89,12 @@ class Display:
             self._warn(f"round {number}: reply of client {client} rejected: {fault}")
         if kind == "train":
             self._replies += 1
+            self._pace.reply_received()
             at_work = self._replies < self._clients
             self._show(f"client {self._replies + 1}/{self._clients}" if at_work else "evaluating")
+
+    def client_dropped(self, number: int, client: str, reason: str) -> None:
+        self._clients -= 1
 
     def round_finished(self, record: Record) -> None:
         number, sent, trained = record["round"], record["bytes"], record["round"] > 0
@@ -95,7 +107,9 @@ class Display:
             size(sent["down_per_client"]) if trained else "-",
             f"{record['seconds']:.1f}",
         )
-        self._say(line + (f"  {len(record['rejected'])} rejected" if record["rejected"] else ""))
+        lost = {"dropped": record["dropped"], "rejected": record["rejected"]}
+        self._say(line + "".join(f"  {len(clients)} {how}" for how, clients in lost.items() if clients))
+        self._memory.look()
         self._live.update(self._task, completed=number)
 
     def stopped(self, saved: int | None) -> None:
@@ -110,8 +124,14 @@ class Display:
         if self._round:
             done = self._round - 1 + min(1.0, (self._replies + part) / max(1, self._clients))
             self._live.update(self._task, completed=done)
+        self._memory.look()
         loss = f"  loss {self._loss}" if self._loss.strip("-") else ""
-        self._live.update(self._task, description=f"round {self._round}/{self._rounds}", now=now + loss)
+        pace = f"{rate(self._pace.now)} clients/s  " if self._pace.now else ""
+        self._live.update(
+            self._task,
+            description=f"round {self._round}/{self._rounds}",
+            now=f"{now}{loss}\n{pace}{self._memory.now}",  # a second line, to stay within 80 columns
+        )
 
     def _say(self, line: str, style: str = "") -> None:
         self._console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -16,17 +16,15 @@ from fl_client.app import Answers, handle
 from fl_client.opening import open_site
 from fl_client.site import OnStep, Site
 from fl_server.app import app as server_app
+from fl_server.config_file import CHANGEABLE, ROUNDED, config_differences
 from fl_server.history import History
 from fl_server.observer import Observer
-from simulations.config import Config, check_config, load_config, save_config
+from simulations.config import Config, check_config, load_config
 from simulations.grid import InProcessGrid, run_server_app
-from simulations.report import plot_score
 from simulations.workers import Workers, count_workers
 from vblora.errors import ConfigError, RunError
 
-__all__ = ["free_run_directory", "prepare", "resumed_config", "simulate"]
-
-CHANGEABLE = {"rounds", "device", "out", "resume", "wait-seconds", "timeout-seconds"}  # when a run is resumed
+__all__ = ["free_run_directory", "prepare", "resume_note", "resumed_config", "simulate"]
 
 
 def prepare(config: Config) -> Site:
@@ -43,7 +41,7 @@ def prepare(config: Config) -> Site:
 
 
 def simulate(
-    config: Config, observer: Observer | None = None, on_step: OnStep | None = None, workers: int = 1
+    config: Config, observer: Observer | None = None, on_step: OnStep | None = None
 ) -> dict[str, Any]:
     """Train, and leave a finished run directory: config, history, checkpoints, adapter, plot, summary.
 
@@ -51,7 +49,6 @@ def simulate(
         config: as `default_config`, with `out`.
         observer: told what happens in the rounds; None lets the server log.
         on_step: told the local steps in this process.
-        workers: processes; 0 is one a GPU.
 
     Returns:
         The content of `summary.json`.
@@ -62,13 +59,11 @@ def simulate(
     """
     site = prepare(config)
     out = Path(str(config["out"]))
-    save_config(out, config)
-    with Workers(site, count_workers(workers, site.model.device)) as pool:
+    with Workers(site, count_workers(int(config["workers"]), site.model.device)) as pool:
         handle_all = partial(_handle, answers=partial(pool.answer, on_step=on_step))
         grid = InProcessGrid(handle_all, int(config["clients"]), config, observer)
         run_server_app(server_app, grid, config)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
-    plot_score([out], out / "score.png")
     return summary
 
 
@@ -83,12 +78,7 @@ def resumed_config(out: Path, given: Mapping[str, Any]) -> Config:
         ConfigError: a key differs that would make it another run.
     """
     kept = load_config(out)
-    differing = [
-        f"{name} is {given[name]!r}, the run has {kept[name]!r}"
-        for name in sorted(set(given) - CHANGEABLE)
-        if name in kept and kept[name] != given[name]
-    ]
-    if differing:
+    if differing := list(config_differences(given, kept)):
         raise ConfigError(f"--resume: {'; '.join(differing)}; leave them out, or start another run")
     if (rounds := given.get("rounds", kept["rounds"])) < (done := _rounds_done(out)):
         raise ConfigError(
@@ -100,6 +90,17 @@ def resumed_config(out: Path, given: Mapping[str, Any]) -> Config:
         "out": str(out),
         "resume": True,
     }
+
+
+def resume_note(config: Config) -> str:
+    """One line where a run is resumed in a way that changes its last bits, else nothing."""
+    kept = load_config(Path(str(config["out"])))
+    changed = [
+        f"{name} is {config[name]}, the run had {kept[name]}"
+        for name in sorted(ROUNDED)
+        if config[name] != kept[name]
+    ]
+    return f"{'; '.join(changed)}: it goes on equal up to rounding, not bit for bit" if changed else ""
 
 
 def free_run_directory(root: Path, config: Config) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from vblora.state import State, TopK, content_faults
 __all__ = ["load_state", "safetensors_bytes", "save_state", "write_atomic"]
 
 FORMAT = "fedvb-state-1"
+LENGTH = struct.Struct("<Q")  # of a safetensors header, in front of it
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -57,8 +60,17 @@ def save_state(path: Path, state: State, blueprint: Blueprint) -> None:
 
 
 def safetensors_bytes(tensors: Mapping[str, NDArray[Any]], metadata: dict[str, str]) -> bytes:
-    """A safetensors file. `save` alone would write an array of another memory order scrambled."""
-    return save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata)
+    """A safetensors file: equal content, equal bytes.
+
+    `save` alone would write an array of another memory order scrambled, and the metadata in random order.
+    """
+    content = save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata)
+    (length,) = LENGTH.unpack_from(content)
+    start = LENGTH.size + length
+    header = json.dumps(json.loads(content[LENGTH.size : start]), sort_keys=True, separators=(",", ":"))
+    encoded = header.encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8
+    return LENGTH.pack(len(encoded)) + encoded + content[start:]
 
 
 def load_state(path: Path) -> tuple[State, Blueprint]:

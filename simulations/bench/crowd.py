@@ -6,7 +6,6 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +16,19 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from fl_client.app import handle
 from fl_client.assembly import Texts, assemble
 from fl_client.base import Base
 from fl_client.serve import Answer, Question, answer
 from fl_client.settings import AdapterSettings, DataSettings, SiteSettings
 from fl_client.site import Site
 from fl_client.train import LocalSettings
+from fl_server.app import GridExchange, app
+from fl_server.exchange import Request
+from fl_server.observer import LogObserver
 from simulations.bench.shapes import LABELS, SHAPES, Shape, build, make_examples
+from simulations.grid import InProcessGrid, run_server_app
+from simulations.meters import resident
 from vblora.frame import read_blob
 from vblora.model import describe_base, find_head, find_linears
 from vblora.rounding import WIRES, round_update
@@ -63,11 +68,11 @@ def measure_overhead(clients: int, rounds: int) -> dict[str, Any]:
 def measure_scale(clients: int, per_round: int, rounds: int) -> dict[str, Any]:
     """Memory of this process after each round of a real run over a tiny encoder, megabytes.
 
-    Call it in a fresh process.
+    Call it in a fresh process, which has imported all by then: Flower alone takes 120 MB.
     """
-    before = _resident()
+    before = resident() / MB
     site = _tiny_site(clients)
-    opened = _resident()
+    opened = resident() / MB
     with TemporaryDirectory() as folder:
         curve: list[float] = []
         records = _run(partial(answer, site), Path(folder) / "run", clients, per_round, rounds, curve)
@@ -87,15 +92,11 @@ def _run(
     answers: Any, out: Path, clients: int, per_round: int, rounds: int, curve: list[float] | None = None
 ) -> list[dict[str, Any]]:
     """The real ServerApp over our grid and the real records of the ClientApp; the history."""
-    from fl_client.app import handle
-    from fl_server.app import app
-    from fl_server.observer import LogObserver
-    from simulations.grid import InProcessGrid, run_server_app
 
     class Watching(LogObserver):
         def round_finished(self, record: Any) -> None:
             if curve is not None:
-                curve.append(_resident())
+                curve.append(resident() / MB)
 
     config: dict[str, Any] = {
         "out": str(out),
@@ -111,10 +112,6 @@ def _run(
 
 def _carried(clients: int) -> float:
     """Seconds to carry opaque bytes to all clients and others back."""
-    from fl_client.app import handle
-    from fl_server.app import GridExchange
-    from fl_server.exchange import Request
-    from simulations.grid import InProcessGrid
 
     def echo(questions: Sequence[Question]) -> Iterator[Answer]:
         blob = bytes(OPAQUE)
@@ -198,13 +195,3 @@ def _tiny_site(clients: int) -> Site:
         make_examples(shape, 0, True, 2 * clients), parts, make_examples(shape, 1, True, 20), LABELS, {}
     )
     return assemble(settings, texts, Base(model, None, 0))
-
-
-def _resident() -> float:
-    """Megabytes of this process in memory now; where the system does not say, the most there ever were."""
-    with suppress(OSError):
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * 4096 / MB
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB

@@ -102,7 +102,7 @@ def _run_ours(engine: Engine, config: Config) -> None:
     from simulations.simulate import simulate
 
     torch.set_num_threads(_threads(engine.workers))
-    simulate(config, LogObserver(), workers=engine.workers)
+    simulate(config | {"workers": engine.workers}, LogObserver())
 
 
 def _run_ray(engine: Engine, config: Config) -> None:

@@ -17,7 +17,7 @@ from tests.fl_client.sites import make_site
 from tests.fl_server.fakes import make_settings, read_history
 from vblora.errors import ConfigError, RunError
 
-DROPPED = "training: dropped out (simulated)"
+DROPPED = "dropped out (simulated)"
 
 
 def run(out: Path, seed: int = 0, **hazards: float) -> list[dict[str, Any]]:
@@ -90,10 +90,10 @@ def test_clients_that_drop_out_are_named_and_the_run_goes_on(tmp_path):
     assert [record["round"] for record in records] == [0, 1, 2, 3, 4]
     lost = 0
     for record in records[1:]:
-        assert {item["reason"] for item in record["rejected"]} <= {DROPPED}
-        assert record["clients"] == 5 == record["replies"] + len(record["rejected"])
-        assert record["missing"] == []
-        lost += len(record["rejected"])
+        assert {item["reason"] for item in record["dropped"]} <= {DROPPED}
+        assert record["clients"] == 5 == record["replies"] + len(record["dropped"])
+        assert record["missing"] == record["rejected"] == []
+        lost += len(record["dropped"])
     assert lost > 0
     assert records == run(tmp_path / "again", dropout=0.4)
     assert records != run(tmp_path / "other", seed=2, dropout=0.4)
@@ -111,5 +111,5 @@ def test_a_round_in_which_all_drop_out_says_so(tmp_path):
     site = make_site(10, dropout=0.99)
     exchange = DirectExchange(partial(answer, site), 10)
     options = {"rounds": 4, "clients": 10, "clients_per_round": 2, "seed": 0, "eval_every": 4}
-    with pytest.raises(RunError, match=r"no usable reply from 2 clients: \d: training: dropped out"):
+    with pytest.raises(RunError, match=r"no usable reply from 2 clients: \d: dropped out"):
         run_rounds(exchange, make_settings(tmp_path, **options))

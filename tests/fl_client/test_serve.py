@@ -75,9 +75,9 @@ def test_who_drops_out_says_so_and_the_others_train(state: State):
     found = by_client(list(answer(site, train(site, state, range(6)))))
     dropped = {client for client in range(6) if site.fate(1, client).dropped}
     assert 0 < len(dropped) < 6
-    assert {client for client, item in found.items() if item.error} == dropped
+    assert {client for client, item in found.items() if "dropped" in item.metrics} == dropped
     for client in dropped:
-        assert found[client] == Answer(client, error="dropped out (simulated)")
+        assert found[client] == Answer(client, metrics={"dropped": 1}, text="dropped out (simulated)")
 
 
 def test_the_steps_of_a_cohort_are_told(site: Site, state: State):

@@ -74,7 +74,7 @@ def test_history_and_summary(tmp_path: Path):
     assert summary["bytes"]["up_total"] == 15 * summary["bytes"]["up_per_client_round"]
     assert summary["bytes"]["down_total"] == sum(record["bytes"]["down"] for record in history)
     assert summary["bytes"]["evaluate_total"] > 0
-    keys = "adapter bytes clients data model parameters rejected rounds score seconds seed versions"
+    keys = "adapter bytes clients data dropped model parameters rejected rounds score seconds seed versions"
     assert sorted(summary) == keys.split()
     assert (summary["adapter"], summary["rounds"], summary["clients"]) == ("vblora", 5, 5)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from simulations.bench import cohort, engines, steps
+from simulations.bench import cohort, engines, learning, steps
 from simulations.bench.crowd import measure_overhead, measure_scale
 from simulations.bench.engines import Engine, apart, measure_engines
 from simulations.bench.shapes import SHAPES, Shape
 from simulations.bench.tables import print_table
-from tests.simulations.conftest import Run
+from tests.conftest import ROOT
+from tests.simulations.conftest import Run, small_config
 
 TINY_LLAMA = {
     "hidden_size": 32,
@@ -65,6 +67,42 @@ def test_what_does_not_fit_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPat
     found = steps.measure_shape("minilm", torch.device("cpu"), 1, 2)
     assert "vb-lora r4 × 3: out of memory" in found["notes"]
     assert 3 not in {row["clients"] for row in found["rows"]}
+
+
+WITHOUT_FLOWER = """
+import sys
+for name in ("flwr", "flwr_datasets", "datasets", "ray", "rich", "matplotlib", "peft", "sklearn"):
+    sys.modules[name] = None
+import json
+from pathlib import Path
+import torch
+from simulations.bench import learning, steps
+from simulations.bench.cohort import main
+from simulations.bench.shapes import SHAPES, Shape
+
+config, folder, sizes = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+assert learning.run_one(config, folder)["rounds"] == 2
+SHAPES["minilm"] = Shape(sizes, 1, 8, 64, 16, (1,))
+assert steps.measure_shape("minilm", torch.device("cpu"), 1, 2)["notes"] == [
+    "PEFT is not installed: its rows are left out"
+]
+main(["--part", "overhead"])
+"""
+
+
+def test_benches_run_with_torch_and_transformers_alone(tiny_bert: Path, topics: Path, tmp_path: Path):
+    """The texts are prepared where the data libraries are; a bench that needs Flower is left out."""
+    config = small_config(tiny_bert, topics, tmp_path / "run", rounds=2, max_examples=40)
+    learning.prepare([config], tmp_path)
+    shown = subprocess.run(
+        [sys.executable, "-c", WITHOUT_FLOWER, json.dumps(config), tmp_path, json.dumps(TINY_BERT)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "overhead: left out (No module named 'flwr" in shown.stdout
 
 
 # --- Rounds --------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from simulations.config import CONFIG_FILE
+from fl_server.config_file import CONFIG_FILE, read_config
 from tests.simulations.conftest import Outcome, Run, read_history
 
 WIDTH = 80
@@ -219,6 +219,22 @@ def test_resume_what_is_no_run_or_another_one(fedvb: Run, run_copy: Path, tmp_pa
 
     config.unlink()
     assert "no run here" in refused(fedvb("simulate", "--resume", "--out", run_copy), nowhere)
+
+
+def test_resume_with_other_cohorts_and_processes(fedvb: Run, run_copy: Path):
+    """Results are equal up to rounding then: told in a line, and kept for the next time."""
+    typed = ["simulate", "--resume", "--out", run_copy, "--rounds", "4"]
+    plain = fedvb(*typed)
+    assert (plain.code, plain.err) == (0, "")
+    assert "up to rounding" not in plain.out
+
+    note = "cohort is 1, the run had 0; workers is 1, the run had 0: it goes on equal up to rounding, "
+    told = fedvb(*typed, "--cohort", "1", "--workers", "1")
+    assert (told.code, told.err) == (0, "")
+    assert told.out.startswith(note + "not bit for bit\n")
+    kept = read_config(run_copy)
+    assert (kept["cohort"], kept["workers"], kept["rounds"]) == (1, 1, 4)
+    assert "up to rounding" not in fedvb(*typed).out
 
 
 def test_export_needs_a_run_with_a_checkpoint(fedvb: Run, run_copy: Path, tmp_path: Path):

@@ -106,6 +106,19 @@ def test_the_same_history_as_in_process(
         if ours["round"]:
             assert theirs["train_loss"] == pytest.approx(ours["train_loss"], rel=1e-4)
         assert theirs["eval_loss"] == pytest.approx(ours["eval_loss"], rel=1e-4)
-        same = ("round", "replies", "examples", "bytes", "lr_scale", "rejected", "missing", "ignored")
+        same = (
+            "round",
+            "replies",
+            "examples",
+            "bytes",
+            "lr_scale",
+            "rejected",
+            "dropped",
+            "missing",
+            "ignored",
+        )
         assert {name: theirs[name] for name in same} == {name: ours[name] for name in same}
+    assert {path.name for path in (tmp_path / "flower").iterdir()} == {
+        path.name for path in (tmp_path / "here").iterdir()
+    }
     assert read_summary(tmp_path / "flower")["bytes"] == read_summary(tmp_path / "here")["bytes"]

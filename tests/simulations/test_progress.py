@@ -42,7 +42,9 @@ def shown(terminal: bool, tmp_path: Path) -> str:
         display.reply_received(0, "evaluate", "0", "")
         display.round_finished(record(0, score=0.25, seconds=0.5))
         for number in (1, 2):
-            display.round_started(number, ["0", "2"])
+            display.round_started(number, ["0", "1", "2"] if number == 1 else ["0", "2"])
+            if number == 1:
+                display.client_dropped(number, "1", "dropped out (simulated)")
             for client, fault in (("0", ""), ("2", "index [7] out of range" if number == 2 else "")):
                 for step in range(3):
                     display.on_step(step + 1, 3)
@@ -50,9 +52,10 @@ def shown(terminal: bool, tmp_path: Path) -> str:
                 display.reply_received(number, "train", client, fault)
             display._live.refresh()
             sent = {**record(number)["bytes"], "up_per_client": 12_345, "down_per_client": 999}
+            dropped = [{"client": "1", "reason": "dropped out (simulated)"}] if number == 1 else []
             rejected = [{"client": "2", "reason": "index"}] if number == 2 else []
             values = {"train_loss": 1 / number, "score": 0.5, "seconds": 123.4, "bytes": sent}
-            display.round_finished(record(number, rejected=rejected, **values))
+            display.round_finished(record(number, dropped=dropped, rejected=rejected, **values))
     return file.getvalue()
 
 
@@ -61,7 +64,7 @@ def test_a_pipe_gets_one_line_a_round(tmp_path: Path):
         "client 4 refused: its adapter is another",
         "      round  train loss  accuracy  up/client  down/client  seconds",
         "        0/2           -    0.2500          -            -      0.5",
-        "        1/2      1.0000    0.5000    12.3 kB        999 B    123.4",
+        "        1/2      1.0000    0.5000    12.3 kB        999 B    123.4  1 dropped",
         "round 2: reply of client 2 rejected: index [7] out of range",
         "        2/2      0.5000    0.5000    12.3 kB        999 B    123.4  1 rejected",
     ]
@@ -71,9 +74,19 @@ def test_a_terminal_shows_client_step_loss_and_time_left(tmp_path: Path):
     frames = [line.strip() for line in re.split(r"[\r\n]", ANSI.sub("", shown(True, tmp_path)))]
     assert max(map(len, frames)) <= 80
     live = [line for line in frames if line.endswith("left")]
-    assert any(re.match(r"round 1/2 \S+ +client 1/2  step 1/3 \S+ left", line) for line in live)
-    assert any(re.match(r"round 2/2 \S+ +client 2/2  step 3/3  loss 1.0000 \S+ left", line) for line in live)
-    assert any(re.match(r"round 2/2 \S+ +evaluating  loss 1.0000 \S+ left", line) for line in live)
+    assert any(re.match(r"round 1/2 \S+ +client 1/2  step 1/3 +\S+ left", line) for line in live)
+    assert any(re.match(r"round 2/2 \S+ +client 2/2  step 3/3  loss 1.0000 +\S+ left", line) for line in live)
+    assert any(re.match(r"round 2/2 \S+ +evaluating  loss 1.0000 +\S+ left", line) for line in live)
+    assert any(re.fullmatch(r"[\d.,]+ clients/s  [\d.]+ [MG]B memory", line) for line in frames)
+
+
+def test_speed_and_memory_for_the_closing_table(tmp_path: Path):
+    with Display(Console(file=io.StringIO())) as display:
+        display.run_started(make_settings(tmp_path), roster(), task(), [])
+        assert list(display.measured()) == ["memory at most"], "nobody has trained"
+        display.round_started(1, ["0"])
+        display.reply_received(1, "train", "0", "")
+        assert display.measured()["clients trained a second"] not in ("", "0")
 
 
 @pytest.mark.parametrize(

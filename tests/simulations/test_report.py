@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import io
-import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from simulations.report import plot_score, read_history, size, summary_table
+from simulations.report import size, summary_table
 from tests.simulations.conftest import read_summary
-from vblora.errors import RunError
 
 
 @pytest.mark.parametrize(
@@ -32,13 +30,14 @@ def test_bytes_for_people(count: float, shown: str):
 
 def test_the_closing_table(finished: Path):
     file = io.StringIO()
-    Console(file=file, width=80).print(summary_table(read_summary(finished), Path("runs/mine")))
+    summary = read_summary(finished) | {"dropped": 77}
+    Console(file=file, width=80).print(summary_table(summary, Path("runs/mine"), {"memory": "1.2 GB"}))
     table = file.getvalue()
     assert max(map(len, table.splitlines())) <= 80
     cells = {cell.strip() for line in table.splitlines() for cell in line.split("│")}
     score, head = read_summary(finished)["score"], read_summary(finished)["bytes"]["head"]
     assert {"vblora", "tiny-bert", "topics.csv", "best accuracy", f"{score['best']:.4f}"} <= cells
-    assert {"runs/mine", "runs/mine/score.png", f"{head} B"} <= cells
+    assert {"runs/mine", "runs/mine/score.png", f"{head} B", "77", "1.2 GB"} <= cells
 
 
 def test_long_names_do_not_break_the_table(finished: Path):
@@ -51,19 +50,3 @@ def test_long_names_do_not_break_the_table(finished: Path):
     assert max(map(len, file.getvalue().splitlines())) <= 80
     assert "some-owner/a-model" in file.getvalue()
     assert "[red]/very-" in file.getvalue()
-
-
-def test_several_runs_in_one_plot(finished: Path, tmp_path: Path):
-    plot_score([finished, shutil.copytree(finished, tmp_path / "other")], tmp_path / "both.png")
-    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_a_damaged_history_is_an_error_of_the_run(run_copy: Path):
-    with (run_copy / "history.jsonl").open("a") as file:
-        file.write('{"round": 4, "sc')
-    with pytest.raises(RunError, match="not readable"):
-        read_history(run_copy)
-    (run_copy / "history.jsonl").unlink()
-    with pytest.raises(RunError, match="not readable"):
-        read_history(run_copy)

@@ -128,7 +128,7 @@ def test_a_run_with_two_processes_has_the_history_of_one(
     changes = {"clients": 8, "clients_per_round": 6, "stragglers": 0.3, "dropout": 0.2}
     for workers in (1, 2):
         config = small_config(tiny_bert, topics, tmp_path / f"alone-{workers}", cohort=1, **changes)
-        simulate(config, workers=workers)
+        simulate(config | {"workers": workers})
     assert read_history(tmp_path / "alone-1") == read_history(tmp_path / "alone-2")
 
 
@@ -144,7 +144,7 @@ def test_a_process_that_is_killed_ends_the_run_and_the_run_can_go_on(
     before = active_children()
     config: dict[str, Any] = small_config(tiny_bert, topics, tmp_path / "run", cohort=1)
     with pytest.raises(RunError, match="a worker process died"):
-        simulate(config, Killing(), workers=2)
+        simulate(config | {"workers": 2}, Killing())
     assert [record["round"] for record in read_history(tmp_path / "run")] == [0, 1]
     simulate({**config, "resume": True})
     assert read_history(tmp_path / "run")[-1]["round"] == 3

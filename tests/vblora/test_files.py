@@ -99,6 +99,14 @@ def test_arrays_may_lie_in_memory_as_they_like(tmp_path, saved):
     assert load_state(tmp_path / "other")[0].digest == state.digest
 
 
+def test_equal_states_are_equal_files(tmp_path, saved):
+    for _ in range(10):  # safetensors draws an order of the metadata each time
+        save_state(tmp_path / "again", make_state(), BLUEPRINT)
+        assert (tmp_path / "again").read_bytes() == saved.read_bytes()
+    (length,) = struct.unpack("<Q", saved.read_bytes()[:8])
+    assert length % 8 == 0
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(RunError, match=r"nothing\.safetensors: not a readable state file"):
         load_state(tmp_path / "nothing.safetensors")
