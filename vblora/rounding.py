@@ -95,8 +95,8 @@ class WireSettings:
 
 WIRES: Mapping[str, WireSettings] = {
     "lossless": WireSettings(),
-    "default": WireSettings(up_bits=4.0, head_bits=6.0, down_bits=5.0, feedback=True),
-    "smallest": WireSettings(up_bits=2.0, head_bits=4.0, down_bits=4.0, feedback=True),
+    "default": WireSettings(up_bits=3.0, head_bits=5.0, down_bits=4.0),
+    "smallest": WireSettings(up_bits=1.5, head_bits=3.0, down_bits=3.0),
 }
 
 

@@ -40,3 +40,11 @@ def cohort(
     from simulations.bench.cohort import PARTS, run
 
     run(part or list(PARTS), json, repeats)
+
+
+@app.command()
+def wire(json: Annotated[Path | None, typer.Option(help="Write all numbers here.")] = None) -> None:
+    """Bytes of messages at the shapes that people use, drawn from a recorded run."""
+    from simulations.bench.wire import run
+
+    run(json)

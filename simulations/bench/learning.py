@@ -34,7 +34,7 @@ from fl_server.rounds import run_rounds
 from fl_server.settings import ServerSettings
 from simulations.direct import DirectExchange
 
-__all__ = ["main", "read_study", "run_one", "table"]
+__all__ = ["main", "read_study", "run_one", "table", "texts_file"]
 
 Config = dict[str, Any]
 
@@ -51,7 +51,7 @@ def run_one(config: Mapping[str, Any], texts: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     started = time.monotonic()
     settings = SiteSettings.from_run_config(config)
-    prepared = load_texts(_texts_file(texts, settings))
+    prepared = load_texts(texts_file(texts, settings))
     device = find_device(settings.device)
     base = load_base(settings.model, prepared.labels, device, dtype=settings.dtype, seed=settings.data.seed)
     site = assemble(settings, prepared, base)
@@ -68,7 +68,7 @@ def prepare(configs: list[Config], texts: Path) -> None:
 
     for config in configs:
         settings = SiteSettings.from_run_config(config)
-        target = _texts_file(texts, settings)
+        target = texts_file(texts, settings)
         if not target.exists():
             save_texts(target, prepare_texts(settings))
             print(
@@ -161,7 +161,7 @@ def _guarded(config: Config, texts: Path) -> dict[str, Any]:
         return {"config": config, "error": f"{type(error).__name__}: {error}"}
 
 
-def _texts_file(texts: Path, settings: SiteSettings) -> Path:
+def texts_file(texts: Path, settings: SiteSettings) -> Path:
     return texts / f"{hashlib.sha256(repr(settings.data).encode()).hexdigest()[:12]}.npz"
 
 
