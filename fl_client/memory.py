@@ -102,6 +102,11 @@ class Memory:
             if self._folder is not None:
                 self._file(client, turn).unlink(missing_ok=True)
 
+    def keep_sent(self, client: int, blob: bytes) -> None:
+        """Keep a client's last update as it leaves, for `fedvb inspect`; on disk only."""
+        if self._folder is not None:
+            write_atomic(self._place() / "sent" / f"{client}.blob", blob)
+
     def _turns(self, client: int) -> list[int]:
         """Versions for which something waits, oldest first."""
         if self._folder is None:

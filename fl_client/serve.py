@@ -84,7 +84,9 @@ def _rounded(site: Site, memory: Memory, client: int, reference: State, update: 
     rounded, dropped = round_update(update, reference, wire, waiting, noise)
     if wire.feedback:
         memory.keep_waiting(client, turn, dropped)
-    return encode_update(rounded, site.blueprint, reference)
+    blob = encode_update(rounded, site.blueprint, reference)
+    memory.keep_sent(client, blob)
+    return blob
 
 
 def _memory(site: Site, question: Question) -> Memory:

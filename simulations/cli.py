@@ -279,6 +279,18 @@ def export(
 
 
 @app.command()
+def inspect(
+    message: Annotated[
+        Path, typer.Argument(help="A message, or a run or trainer's state: then the last one sent.")
+    ],
+) -> None:
+    """Print what a client sent, section by section, with its bytes: all that leaves a site."""
+    from simulations.inspect import contents, contents_table
+
+    console.print(contents_table(contents(message)))
+
+
+@app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
     out: Annotated[Path, typer.Option(help="PNG file to write.")],
