@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fl_client import serve
+from fl_client.memory import Memory
 from fl_client.serve import NEED_STATE, Answer, Question, answer
 from fl_client.site import Site
 from fl_client.tasks import SUMS
@@ -167,6 +168,8 @@ def test_a_client_that_lacks_the_base_asks_for_the_state(site: Site, state: Stat
 
 def test_what_rounding_drops_goes_into_the_next_update(site: Site, state: State):
     """With no learning at all, the second update is what was left over from the first."""
+    wire = replace(WIRES["default"], feedback=True)
+    site = replace(site, settings=replace(site.settings, wire=wire), memory=Memory(None))
     config = {"round": 1, "lr-scale": 1.0, "run": "feedback"}
     blob = encode_state(state, site.blueprint)
     (found,) = answer(site, [Question(1, "train", blob, config)])
