@@ -105,7 +105,7 @@ class Memory:
     def keep_sent(self, client: int, blob: bytes) -> None:
         """Keep a client's last update as it leaves, for `fedvb inspect`; on disk only."""
         if self._folder is not None:
-            write_atomic(self._place() / "sent" / f"{client}.blob", blob)
+            write_atomic(self._place() / "sent" / f"{client}.blob", blob, lasting=False)
 
     def _turns(self, client: int) -> list[int]:
         """Versions for which something waits, oldest first."""

@@ -19,6 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from fl_client.app import handle
 from fl_client.assembly import Texts, assemble
 from fl_client.base import Base
+from fl_client.memory import Memory
 from fl_client.serve import Answer, Question, answer
 from fl_client.settings import AdapterSettings, DataSettings, SiteSettings
 from fl_client.site import Site
@@ -52,9 +53,10 @@ TINY: dict[str, Any] = {
 
 def measure_overhead(clients: int, rounds: int) -> dict[str, Any]:
     """Seconds of a round of clients that do no training: bytes carried to and fro, and whole rounds of
-    MiniLM's adapter, encoded, decoded, checked and averaged."""
+    MiniLM's adapter, each update rounded by the default wire, encoded, kept, decoded, checked, averaged."""
     with TemporaryDirectory() as folder:
-        records = _run(_Idle(), Path(folder) / "run", clients, clients, rounds)
+        out = Path(folder) / "run"
+        records = _run(_Idle(out / "clients"), out, clients, clients, rounds)
     seconds = [record["seconds"] for record in records[1:]]
     return {
         "clients": clients,
@@ -71,11 +73,12 @@ def measure_scale(clients: int, per_round: int, rounds: int) -> dict[str, Any]:
     Call it in a fresh process, which has imported all by then: Flower alone takes 120 MB.
     """
     before = resident() / MB
-    site = _tiny_site(clients)
-    opened = resident() / MB
+    curve: list[float] = []
     with TemporaryDirectory() as folder:
-        curve: list[float] = []
-        records = _run(partial(answer, site), Path(folder) / "run", clients, per_round, rounds, curve)
+        out = Path(folder) / "run"
+        site = _tiny_site(clients, out / "clients")
+        opened = resident() / MB
+        records = _run(partial(answer, site), out, clients, per_round, rounds, curve)
     return {
         "clients": clients,
         "per_round": per_round,
@@ -129,18 +132,21 @@ def _carried(clients: int) -> float:
 class _Idle:
     """Clients of MiniLM's adapter that answer with a change drawn once."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         shape = SHAPES["minilm"]
         base = build(shape, torch.device("meta"))
         spec = VBLoRASpec(rank=4, num_vectors=shape.num_vectors, vector_length=shape.vector_length)
         self._blueprint = Blueprint(spec, find_linears(base), find_head(base), describe_base(base), LABELS)
+        self._memory = Memory(folder)
         self._held: dict[bytes, State] = {}
-        self._update: Update | None = None
+        self._change: Update | None = None
 
     def __call__(self, questions: Sequence[Question]) -> Iterator[Answer]:
         for question in questions:
             if question.kind == "train":
-                yield Answer(question.client, self._trained(question.blob), {"train-loss": 1.0})
+                yield Answer(
+                    question.client, self._trained(question.client, question.blob), {"train-loss": 1.0}
+                )
             elif question.kind == "evaluate":
                 yield Answer(
                     question.client, metrics={"eval-examples": 1, "eval-loss-sum": 1.0, "eval-correct": 1}
@@ -148,9 +154,10 @@ class _Idle:
             else:
                 yield Answer(question.client, text=self._told())
 
-    def _trained(self, blob: bytes) -> bytes:
+    def _trained(self, client: int, blob: bytes) -> bytes:
+        """What `fl_client.serve` makes of a trained update."""
         digest = read_blob(blob)[0].digest
-        if self._update is None or self._update.reference != digest:
+        if self._change is None or self._change.reference != digest:
             state = decode_state(blob, self._blueprint, self._held)
             self._held[digest] = state
             rng = np.random.default_rng(state.version)
@@ -162,9 +169,13 @@ class _Idle:
             moved = rng.random((len(state.topk.gaps), 1)) < 0.5
             gaps = np.where(moved, state.topk.gaps + np.float32(0.01), state.topk.gaps)
             topk = replace(state.topk, gaps=gaps)
-            exact = Update(state.version, state.digest, 16, dense, topk)
-            self._update = round_update(exact, state, WIRES["default"], {}, rng)[0]
-        return encode_update(self._update, self._blueprint, self._held[digest])
+            self._change = Update(state.version, state.digest, 16, dense, topk)
+        state = self._held[digest]
+        noise = np.random.default_rng((state.version, client))
+        update, _ = round_update(self._change, state, WIRES["default"], {}, noise)
+        blob = encode_update(update, self._blueprint, state)
+        self._memory.keep_sent(client, blob)
+        return blob
 
     def _told(self) -> str:
         return json.dumps(
@@ -178,8 +189,8 @@ class _Idle:
         )
 
 
-def _tiny_site(clients: int) -> Site:
-    """Two short texts for each client, and an encoder of two layers."""
+def _tiny_site(clients: int, folder: Path) -> Site:
+    """Two short texts for each client, and an encoder of two layers; what clients keep lies in `folder`."""
     shape = Shape(TINY, 2, 8, 64, 32, (1,))
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -189,6 +200,7 @@ def _tiny_site(clients: int) -> Site:
         data=DataSettings(clients=clients),
         adapter=AdapterSettings(num_vectors=shape.num_vectors, vector_length=shape.vector_length),
         local=LocalSettings(steps=1, batch_size=2),
+        state=str(folder),
     )
     parts = tuple(np.arange(2 * clients).reshape(clients, 2))
     texts = Texts(

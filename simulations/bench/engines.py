@@ -107,6 +107,9 @@ def _run_ours(engine: Engine, config: Config) -> None:
 
 def _run_ray(engine: Engine, config: Config) -> None:
     """The two apps as they are, but for the run config: `run_simulation` takes none."""
+    os.environ.pop(
+        "OMP_NUM_THREADS", None
+    )  # Ray gives actors their share of threads only where this is unset
     import ray  # noqa: F401 (an ImportError here says what is missing)
     from flwr.app import Context, Message
     from flwr.clientapp import ClientApp
