@@ -30,6 +30,7 @@ MESSAGE_TYPES: Mapping[Kind, str] = {
     "evaluate": "evaluate",
 }
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.02, 3.0  # between polls, seconds; Flower's own grid polls every 3
+GREETING_SECONDS = 60.0  # for a node that comes during a run to tell its name
 MAX_REASON, MAX_NAME = 500, 64  # characters of what clients say
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -68,7 +69,9 @@ class GridExchange:
 
     def __init__(self, grid: Grid, nodes: Mapping[str, int], hellos: Mapping[str, Reply]) -> None:
         """See `meet`. `nodes` maps names to node ids, `hellos` names to the replies that told them."""
+        self.lasting = not getattr(grid, "in_process", False)
         self._grid = grid
+        self._strangers: set[int] = set()
         self._nodes = dict(nodes)
         self._hellos = dict(hellos)
 
@@ -81,29 +84,42 @@ class GridExchange:
         Raises:
             RunError: too few nodes in time, or two of one name.
         """
-        ids = _wait_for_nodes(grid, count, wait_seconds)
         nodes: dict[str, int] = {}
         hellos: dict[str, Reply] = {}
-        messages = _messages([(node, Request("", "hello")) for node in ids], wait_seconds)
-        answers = dict(_deliver(grid, messages, wait_seconds))
-        for node in ids:
-            answer = answers.get(node)
-            reply = _read_reply("", answer) if answer is not None else None
-            name = _checked_name(reply) or f"node-{node}"
+        for node, name, reply in _greet(grid, _wait_for_nodes(grid, count, wait_seconds), wait_seconds):
             if name in nodes:
                 raise RunError(
                     f"nodes {nodes[name]} and {node} both say that they are client {name}; "
-                    "give each its own partition-id in --node-config"
+                    "give each its own name or partition-id in --node-config"
                 )
             nodes[name] = node
             if reply is not None:
-                hellos[name] = Reply(name, reply.blob, reply.metrics, reply.text, reply.error)
+                hellos[name] = reply
         chosen = sorted(nodes, key=client_order)[:count]
         return cls(grid, {name: nodes[name] for name in chosen}, hellos)
 
     def clients(self) -> list[str]:
         """Names of all clients, in `client_order`."""
         return sorted(self._nodes, key=client_order)
+
+    def present(self) -> list[str]:
+        """Names of the clients whose nodes the SuperLink sees now.
+
+        A node that was started anew may come with another id. New ones are asked for their name; who says
+        one whose node is gone takes its place.
+        """
+        online = set(self._grid.get_node_ids())
+        gone = {name for name, node in self._nodes.items() if node not in online}
+        new = online - set(self._nodes.values()) - self._strangers
+        if gone and new:
+            for node, name, _ in _greet(self._grid, sorted(new), GREETING_SECONDS):
+                if name in gone:
+                    log.info("client %s is back as node %d", name, node)
+                    self._nodes[name] = node
+                    gone.remove(name)
+                else:
+                    self._strangers.add(node)
+        return [name for name in self._nodes if name not in gone]
 
     def ask(self, requests: Sequence[Request], timeout: float) -> Iterator[Reply]:
         """Send all requests and yield replies as they arrive; what comes after `timeout` seconds is lost."""
@@ -116,6 +132,16 @@ class GridExchange:
                 yield self._hellos[request.client]
         for node, answer in _deliver(self._grid, _messages(asked, timeout), timeout):
             yield _read_reply(names[node], answer)
+
+
+def _greet(grid: Grid, ids: Sequence[int], seconds: float) -> Iterator[tuple[int, str, Reply | None]]:
+    """(node, name, hello) of nodes in their order; who tells no name, or nothing, is called `node-ID`."""
+    messages = _messages([(node, Request("", "hello")) for node in ids], seconds)
+    answers = dict(_deliver(grid, messages, seconds))
+    for node in ids:
+        reply = _read_reply("", answers[node]) if node in answers else None
+        name = _checked_name(reply) or f"node-{node}"
+        yield node, name, reply and Reply(name, reply.blob, reply.metrics, reply.text, reply.error)
 
 
 def _wait_for_nodes(grid: Grid, count: int, wait_seconds: float) -> list[int]:

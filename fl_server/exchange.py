@@ -56,6 +56,12 @@ class Exchange(Protocol):
         """Names of all clients, in `client_order`."""
         ...
 
+    lasting: bool  # whether a client that is missing now may come back later
+
+    def present(self) -> list[str]:
+        """Names of those that can be reached now, in any order."""
+        ...
+
     def ask(self, requests: Sequence[Request], timeout: float) -> Iterator[Reply]:
         """Send all requests and yield replies as they arrive, in any order, for about `timeout` seconds.
 

@@ -47,6 +47,8 @@ class Record(TypedDict):
     replies: int  # usable ones
     rejected: list[RejectedReply]  # in training and evaluation
     dropped: list[RejectedReply]  # said that they take no part in this round
+    clipped: list[str]  # clients whose updates were cut back
+    norms: dict[str, list[float]]  # of usable updates by section: median and largest
     missing: list[str]  # asked to train, never answered
     ignored: int  # replies of a client that had answered before, or was not asked
     lr_scale: float
@@ -68,6 +70,8 @@ def blank_record(number: int) -> Record:
         "replies": 0,
         "rejected": [],
         "dropped": [],
+        "clipped": [],
+        "norms": {},
         "missing": [],
         "ignored": 0,
         "lr_scale": 0.0,

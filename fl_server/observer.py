@@ -31,6 +31,12 @@ class Observer(Protocol):
     def client_dropped(self, number: int, client: str, reason: str) -> None:
         """A client takes no part in the round, as it says itself."""
 
+    def update_clipped(self, number: int, client: str, cuts: str) -> None:
+        """An update reached further than the others, and was cut back."""
+
+    def waiting(self, why: str, seconds: float) -> None:
+        """The run waits for clients, for so many seconds more at most."""
+
     def round_finished(self, record: Record) -> None:
         """The round is on disk."""
 
@@ -71,6 +77,12 @@ class LogObserver:
 
     def client_dropped(self, number: int, client: str, reason: str) -> None:
         self._log.debug("round %d: client %s: %s", number, client, reason)
+
+    def update_clipped(self, number: int, client: str, cuts: str) -> None:
+        self._log.warning("round %d: client %s: update cut back: %s", number, client, cuts)
+
+    def waiting(self, why: str, seconds: float) -> None:
+        self._log.warning("waiting, %.0f s more at most: %s", seconds, why)
 
     def round_finished(self, record: Record) -> None:
         self._log.info(

@@ -25,6 +25,11 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "eval_every": (1, 1_000_000),
     "wait_seconds": (0, 7 * 86400),
     "timeout_seconds": (0, 7 * 86400),
+    "train_seconds": (0, 7 * 86400),
+    "quorum": (1, 1_000_000),
+    "close_at": (0, 1),
+    "clip_updates": (0, 1_000_000),
+    "max_reply": (0, 1 << 40),
 }
 
 
@@ -43,8 +48,14 @@ class ServerSettings:
         eval_every: rounds from one evaluation to the next; the start and the last round are always evaluated.
         out: run directory.
         resume: go on with the run that is there.
-        wait_seconds: for the clients to come, and to answer the first message.
+        wait_seconds: for the clients to come, and to answer the first message; and, where fewer than
+            `quorum` are left in a round, for them to come back before the run pauses.
         timeout_seconds: for the replies of a round; later ones do not count.
+        train_seconds: of training that a client is given in a round; it sends what it has then; 0 is off.
+        quorum: usable replies that a round needs to count; with fewer it is trained again.
+        close_at: share of the asked clients whose usable replies close a round; the others come too late.
+        clip_updates: times the round's median that an update may reach, see `fl_server.clipping`; 0 is off.
+        max_reply: bytes of a reply at most; 0 is four times what is sent in float32, and a megabyte.
         wire: how states are rounded.
     """
 
@@ -60,6 +71,11 @@ class ServerSettings:
     resume: bool = False
     wait_seconds: float = 600.0
     timeout_seconds: float = 3600.0
+    train_seconds: float = 0.0
+    quorum: int = 1
+    close_at: float = 1.0
+    clip_updates: float = 0.0
+    max_reply: int = 0
     wire: WireSettings = WIRES["default"]
 
     def __post_init__(self) -> None:
@@ -103,6 +119,13 @@ class ServerSettings:
                 f"clients-per-round is {self.clients_per_round} but there are {self.clients} clients; "
                 "lower clients-per-round or raise clients"
             )
+        if not wrong & {"quorum", "clients_per_round"} and self.quorum > self.clients_per_round:
+            yield (
+                f"quorum is {self.quorum} but clients-per-round is {self.clients_per_round}; "
+                "lower quorum or raise clients-per-round"
+            )
+        if "clip_updates" not in wrong and 0 < self.clip_updates < 1:
+            yield f"clip-updates is {self.clip_updates}, expected 0 (off) or at least 1"
         if "schedule" not in wrong and self.schedule not in SCHEDULES:
             yield f"schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}"
         if "out" not in wrong and not self.out:

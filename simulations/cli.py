@@ -175,6 +175,12 @@ def simulate(
     clip_norm: Annotated[
         float, typer.Option(help="Largest gradient norm; 0 is off.", rich_help_panel="Training")
     ] = 0.0,
+    clip_updates: Annotated[
+        float,
+        typer.Option(
+            help="Times the round's median that an update may reach; 0 is off.", rich_help_panel="Training"
+        ),
+    ] = 0.0,
     schedule: Annotated[
         str, typer.Option(help="Rates over rounds: cosine or constant.", rich_help_panel="Training")
     ] = "cosine",

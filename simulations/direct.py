@@ -17,6 +17,8 @@ __all__ = ["DirectExchange"]
 class DirectExchange:
     """An `Exchange` whose clients are answered by one function, such as `partial(answer, site)`."""
 
+    lasting: bool = False
+
     def __init__(self, answers: Callable[[Sequence[Question]], Iterable[Answer]], clients: int) -> None:
         self._answers = answers
         self._clients = clients
@@ -24,6 +26,10 @@ class DirectExchange:
     def clients(self) -> list[str]:
         """The numbers 0 to C - 1, as names."""
         return [str(number) for number in range(self._clients)]
+
+    def present(self) -> list[str]:
+        """All of them, always."""
+        return self.clients()
 
     def ask(self, requests: Sequence[Request], timeout: float) -> Iterator[Reply]:
         """Answer all requests, which are of one kind; nothing is ever late."""

@@ -46,6 +46,8 @@ class InProcessGrid(Grid):
         observer: of the rounds, for the server app to find; None lets it log.
     """
 
+    in_process = True  # nobody who is missing comes back
+
     def __init__(
         self,
         handle: Handle,

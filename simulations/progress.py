@@ -96,6 +96,12 @@ class Display:
     def client_dropped(self, number: int, client: str, reason: str) -> None:
         self._clients -= 1
 
+    def update_clipped(self, number: int, client: str, cuts: str) -> None:
+        self._say(f"round {number}: client {client}: update cut back: {cuts}")
+
+    def waiting(self, why: str, seconds: float) -> None:
+        self._say(f"waiting, {seconds:.0f} s more at most: {why}")
+
     def round_finished(self, record: Record) -> None:
         number, sent, trained = record["round"], record["bytes"], record["round"] > 0
         self._loss = _number(record["train_loss"])

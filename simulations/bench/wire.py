@@ -189,9 +189,13 @@ class _Tap:
     """An `Exchange` that keeps what passes: updates of the first round and of the last third, states."""
 
     def __init__(self, inner: DirectExchange, blueprint: Blueprint, rounds: int) -> None:
+        self.lasting = inner.lasting
         self._inner, self._blueprint, self._steady = inner, blueprint, 2 * rounds // 3
         self._states: dict[bytes, State] = {}
         self._pairs: dict[str, list[tuple[State, Update]]] = {phase: [] for phase in PHASES}
+
+    def present(self) -> list[str]:
+        return self._inner.present()
 
     def clients(self) -> list[str]:
         return self._inner.clients()

@@ -109,6 +109,11 @@ class FakeExchange:
     tamper: Tamper = lambda request, reply: [reply]
     order: int = 0
     asked: list[tuple[Kind, str]] = field(default_factory=list)
+    lasting: bool = False
+    away: set[str] = field(default_factory=set)
+
+    def present(self) -> list[str]:
+        return [name for name in self.clients() if name not in self.away]
 
     def clients(self) -> list[str]:
         return [member.name for member in self.members]

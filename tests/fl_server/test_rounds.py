@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fl_server.attendance import Attendance
 from fl_server.exchange import Reply, Request
-from fl_server.rounds import run_rounds, sample_clients
+from fl_server.rounds import run_rounds
+from fl_server.training import sample_clients
 from tests.fl_server.fakes import (
     SPEC,
     FakeClient,
@@ -29,8 +32,8 @@ from tests.fl_server.fakes import (
 )
 from vblora.errors import RunError
 from vblora.files import load_state
-from vblora.frame import section_bytes
-from vblora.wire import decode_update, encode_update
+from vblora.frame import read_blob, section_bytes, write_blob
+from vblora.wire import decode_update, encode_update, initial
 
 
 def run(out: Path, exchange: FakeExchange | None = None, **options: Any) -> dict[str, Any]:
@@ -497,3 +500,158 @@ def test_resume_with_another_adapter_tells_what_differs(tmp_path: Path):
     assert str(error.value).endswith(
         "rank: the checkpoint has 2, the clients 4; seed: the checkpoint has 5, the clients 6"
     )
+
+
+# --- Too few, too late, too much --------------------------------------------------------------------
+
+
+def test_a_length_that_no_blob_holds_is_refused_unread(tmp_path: Path):
+    def lie(request: Request, reply: Reply) -> list[Reply]:
+        if request.kind != "train" or request.client != "2":
+            return [reply]
+        header, (first, *rest) = read_blob(reply.blob)
+        blob = bytearray(write_blob(header, [first, *rest])[:-4])
+        length = len(first.payload).to_bytes(8, "little")
+        at = blob.index(length)
+        blob[at : at + 8] = (10**10).to_bytes(8, "little")
+        return [replace(reply, blob=bytes(blob) + zlib.crc32(bytes(blob)).to_bytes(4, "little"))]
+
+    run(tmp_path, make_exchange(tamper=lie), rounds=1, clients_per_round=5)
+    (fault,) = read_history(tmp_path)[1]["rejected"]
+    assert fault["client"] == "2"
+    assert "declares 10000000000 bytes" in fault["reason"]
+
+
+def test_an_update_of_an_earlier_round_is_refused(tmp_path: Path):
+    kept: list[Reply] = []
+
+    def replay(request: Request, reply: Reply) -> list[Reply]:
+        if request.kind == "train" and request.client == "2":
+            kept.append(reply)
+            return [kept[0]]
+        return [reply]
+
+    run(tmp_path, make_exchange(tamper=replay), rounds=2, clients_per_round=5)
+    first, second = read_history(tmp_path)[1:]
+    assert first["rejected"] == []
+    assert [fault["client"] for fault in second["rejected"]] == ["2"]
+    assert "trained from version 0" in second["rejected"][0]["reason"]
+    assert second["replies"] == 4
+
+
+def test_a_reply_that_is_too_large_is_refused_unread(tmp_path: Path):
+    def blow_up(request: Request, reply: Reply) -> list[Reply]:
+        bad = request.kind == "train" and request.client == "2"
+        return [replace(reply, blob=bytes(5000)) if bad else reply]
+
+    run(tmp_path, make_exchange(tamper=blow_up), rounds=1, clients_per_round=5, max_reply=4999)
+    (fault,) = read_history(tmp_path)[1]["rejected"]
+    assert fault["reason"] == "training: its reply has 5000 bytes, expected 4999 at most (max-reply)"
+
+
+def test_a_round_closes_when_enough_have_answered(tmp_path: Path):
+    run(tmp_path, rounds=1, clients_per_round=5, close_at=0.6)
+    record = read_history(tmp_path)[1]
+    assert (record["clients"], record["replies"], len(record["missing"])) == (5, 3, 2)
+
+
+def test_a_round_below_its_quorum_is_trained_again(tmp_path: Path, no_sleep: list[float]):
+    failed: set[str] = set()
+
+    def once(request: Request, reply: Reply) -> list[Reply]:
+        if request.kind == "train" and request.config["round"] == 2 and request.client not in failed:
+            failed.add(request.client)
+            return [Reply(reply.client, error="no memory")]
+        return [reply]
+
+    options = {"clients_per_round": 5, "quorum": 4}
+    run(tmp_path / "a", make_exchange(tamper=once, lasting=True), **options)
+    run(tmp_path / "b", **options)
+    found, expected = read_history(tmp_path / "a"), read_history(tmp_path / "b")
+    assert len(found[2]["rejected"]) == 5
+    assert [record["replies"] for record in found] == [record["replies"] for record in expected]
+    assert found[-1]["digest"] == expected[-1]["digest"], "nothing was counted twice"
+    assert len(no_sleep) == 1
+
+
+def test_too_few_clients_pause_the_run_and_it_goes_on_when_they_are_back(
+    tmp_path: Path, no_sleep: list[float], caplog: pytest.LogCaptureFixture
+):
+    exchange = make_exchange(lasting=True, away={"1", "3"})
+    options = {"clients_per_round": 4, "quorum": 4, "wait_seconds": 600.0}
+    with pytest.raises(RunError) as stop:
+        run(tmp_path / "a", exchange, **options)
+    assert str(stop.value) == (
+        "round 1: 3 of 5 clients are there, expected 4; missing: 1, 3; paused after 600 seconds of waiting "
+        "(wait-seconds): bring the clients back and go on with --resume"
+    )
+    told = [entry.getMessage() for entry in caplog.records if "waiting" in entry.getMessage()]
+    assert told[0].startswith("waiting, 600 s more at most: round 1: 3 of 5 clients are there")
+    assert 9 <= len(told) <= 11, "once a minute"
+    exchange.away.clear()
+    run(tmp_path / "a", exchange, resume=True, **options)
+    run(tmp_path / "b", **options)
+    assert content(tmp_path / "a")["digest"] == content(tmp_path / "b")["digest"]
+
+
+def test_who_is_away_is_not_asked(tmp_path: Path):
+    exchange = make_exchange(lasting=True, away={"3"})
+    run(tmp_path, exchange, rounds=1, clients_per_round=5)
+    assert ("train", "3") not in exchange.asked
+    assert ("evaluate", "3") not in exchange.asked
+    assert read_history(tmp_path)[1]["clients"] == 4
+
+
+@pytest.fixture
+def no_sleep(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waiting takes no time: the clock moves on by what was slept."""
+    slept: list[float] = []
+
+    def initialise(self: Attendance) -> None:
+        self.sleep, self.clock = slept.append, lambda: sum(slept)
+        start(self)
+
+    start = Attendance.__post_init__
+    monkeypatch.setattr(Attendance, "__post_init__", initialise)
+    return slept
+
+
+# --- One client that tries to wreck the bank ------------------------------------------------------
+
+
+def poisoned(request: Request, reply: Reply) -> list[Reply]:
+    """Client 2 sends the opposite of its change, a thousand times as long, and claims many examples."""
+    if request.kind != "train" or request.client != "2":
+        return [reply]
+    blueprint = make_blueprint()
+    update = decode_update(reply.blob, blueprint)
+    dense = {name: change * np.float32(-1e3) for name, change in update.dense.items()}
+    return [replace(reply, blob=encode_update(replace(update, dense=dense, examples=100_000), blueprint))]
+
+
+def moved(out: Path) -> float:
+    """How far the bank has come from its beginning."""
+    state, blueprint = load_state(out / "adapter" / "adapter.safetensors")
+    return float(np.linalg.norm(state.dense["bank"] - initial(blueprint).dense["bank"]))
+
+
+def test_a_poisoned_client_cannot_wreck_the_bank(tmp_path: Path):
+    options = {"clients_per_round": 5, "rounds": 3}
+    run(tmp_path / "honest", **options)
+    run(tmp_path / "wrecked", make_exchange(tamper=poisoned), **options)
+    run(tmp_path / "clipped", make_exchange(tamper=poisoned, order=3), clip_updates=1.5, **options)
+    honest, wrecked, clipped = (moved(tmp_path / name) for name in ("honest", "wrecked", "clipped"))
+    assert wrecked > 100 * honest
+    assert clipped < 3 * honest
+    record = read_history(tmp_path / "clipped")[1]
+    assert record["clipped"] == ["2"]
+    median, largest = record["norms"]["bank"]
+    assert largest > 100 * median
+    assert record["replies"] == 5
+
+
+def test_clipping_leaves_honest_rounds_alone(tmp_path: Path):
+    options = {"clients_per_round": 5, "rounds": 3}
+    run(tmp_path / "plain", **options)
+    run(tmp_path / "clipped", make_exchange(order=2), clip_updates=3.0, **options)
+    assert content(tmp_path / "plain") == content(tmp_path / "clipped")

@@ -1,0 +1,145 @@
+"""A round of training: who is asked, which replies count, and what comes of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from fl_server.asking import MAX_REASON, Inbox, Run, ask, ordered, rejected
+from fl_server.broadcast import Broadcast
+from fl_server.clipping import Harvest
+from fl_server.exchange import NEED_STATE, Reply, Request, Scalar, client_order
+from fl_server.handshake import Fault, name_faults
+from fl_server.history import Record
+from vblora.errors import UpdateError, WireError
+from vblora.frame import section_bytes
+from vblora.spec import Blueprint
+from vblora.state import State, Update, check_update
+from vblora.wire import decode_update
+
+__all__ = ["sample_clients", "train_round"]
+
+FLOAT_BYTES, SLACK, ROOM = 4, 4, 1 << 20  # a reply may be `SLACK` times what float32 takes, and some room
+
+
+def train_round(run: Run, reference: Broadcast, record: Record) -> None:
+    """Train, after which the reference is the next one. Fills in its part of the record.
+
+    Where fewer than a quorum of replies can be used the round is trained again, from the same reference, once
+    clients are back.
+
+    Raises:
+        RunError: too few replies are usable, for too long.
+    """
+    number, settings = record["round"], run.settings
+    run.attendance.new_round()
+    while True:
+        there = run.attendance.gather(run.clients, number)
+        names = sample_clients(there, settings.clients_per_round, settings.seed, number)
+        harvest = Harvest(reference.state, run.task.blueprint, settings.clip_updates)
+        faults = _collect(run, reference, names, harvest, record)
+        if len(harvest) >= min(settings.quorum, len(run.clients)):
+            break
+        faults += [Fault(name, "no reply in time") for name in record["missing"]]
+        found = (
+            f"{len(harvest)} usable replies, quorum is {settings.quorum}," if harvest else "no usable reply"
+        )
+        run.attendance.wait(
+            f"round {number}: {found} from {len(names)} clients: {name_faults(ordered(faults))}"
+        )
+    state, cuts = harvest.finish()
+    for name in sorted(cuts, key=client_order):
+        run.observer.update_clipped(number, name, cuts[name])
+    record["clipped"] = sorted(cuts, key=client_order)
+    record["norms"] = harvest.spread()
+    record["replies"], record["examples"] = len(harvest), harvest.examples
+    traffic = record["bytes"]
+    traffic["up_per_client"] = round(sum(traffic["up_sections"].values()) / len(harvest))
+    reference.advance(state)
+
+
+def sample_clients(clients: Sequence[str], count: int, seed: int, number: int) -> list[str]:
+    """The clients of round `number`, in the order of `clients`: only the seed and the round decide."""
+    draws = np.random.Philox(key=np.array([seed, number], np.uint64)).random_raw(len(clients))
+    return [clients[at] for at in sorted(np.argsort(draws, kind="stable")[:count])]
+
+
+def _collect(
+    run: Run, reference: Broadcast, names: Sequence[str], harvest: Harvest, record: Record
+) -> list[Fault]:
+    """Ask clients to train, until enough have answered; returns what is wrong with the replies of others."""
+    number, settings, traffic = record["round"], run.settings, record["bytes"]
+    run.observer.round_started(number, names)
+    record["clients"] = len(names)
+    record["lr_scale"] = settings.lr_scale(number)
+    traffic["up_sections"] = {}
+
+    config: dict[str, Scalar] = {"round": number, "lr-scale": record["lr_scale"], "run": run.name}
+    if settings.train_seconds:
+        config["seconds"] = settings.train_seconds
+    # All are waited for in full, so that what comes twice is counted.
+    early = settings.close_at < 1
+    enough = max(settings.quorum, math.ceil(settings.close_at * len(names)))
+    inbox = Inbox(names)
+    losses: dict[str, tuple[float, int]] = {}
+    faults: list[Fault] = []
+    dropped: list[Fault] = []
+    requests = [Request(name, "train", b"", config) for name in names]
+    for reply in inbox.first_of(ask(run, reference, requests, inbox)):
+        if reply.metrics.get("dropped"):
+            dropped.append(Fault(reply.client, reply.text[:MAX_REASON]))
+            run.observer.client_dropped(number, reply.client, reply.text[:MAX_REASON])
+            continue
+        traffic["up"] += len(reply.blob)
+        fault = ""
+        try:
+            update = _read_update(reply, reference.state, run.task.blueprint, settings.max_reply)
+            harvest.take(reply.client, update)
+        except (WireError, UpdateError) as error:
+            fault = str(error)[:MAX_REASON]
+            faults.append(Fault(reply.client, fault))
+        else:
+            reference.acknowledge(reply.client)
+            _count_sections(traffic["up_sections"], reply.blob)
+            losses[reply.client] = (float(reply.metrics.get("train-loss", math.nan)), update.examples)
+        run.observer.reply_received(number, "train", reply.client, fault)
+        if early and len(harvest) >= enough:
+            break
+
+    traffic["down"] += inbox.sent
+    traffic["down_per_client"] = round(inbox.sent / len(names))
+    record["train_loss"] = _mean_loss(losses)
+    record["missing"] = sorted(inbox.waiting, key=client_order)
+    record["ignored"] += inbox.ignored
+    record["rejected"] += rejected(faults)
+    record["dropped"] = rejected(dropped)
+    return faults + dropped
+
+
+def _read_update(reply: Reply, state: State, blueprint: Blueprint, most: int) -> Update:
+    if reply.error:
+        raise UpdateError(f"training: {reply.error}")
+    if reply.text == NEED_STATE:
+        raise UpdateError("training: it could not read the state, not even from version 0")
+    most = most or SLACK * FLOAT_BYTES * blueprint.stored_parameters + ROOM
+    if len(reply.blob) > most:
+        raise UpdateError(
+            f"training: its reply has {len(reply.blob)} bytes, expected {most} at most (max-reply)"
+        )
+    update = decode_update(reply.blob, blueprint, state)
+    check_update(update, blueprint, state)
+    return update
+
+
+def _count_sections(sizes: dict[str, int], blob: bytes) -> None:
+    for name, size in section_bytes(blob).items():
+        sizes[name] = sizes.get(name, 0) + size
+
+
+def _mean_loss(losses: dict[str, tuple[float, int]]) -> float | None:
+    """Weighted by examples, added in the order of names; clients that report none are left out."""
+    told = [losses[name] for name in sorted(losses, key=client_order) if math.isfinite(losses[name][0])]
+    examples = sum(weight for _, weight in told)
+    return sum(loss * weight for loss, weight in told) / examples if examples else None
