@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +16,7 @@ from fl_client.settings import DataSettings, SiteSettings
 from fl_client.site import Site
 from fl_client.tables import Corpus, Table, load_corpus
 from vblora.errors import ConfigError
+from vblora.versions import installed_versions
 
 __all__ = ["load_parts", "open_site", "prepare_texts"]
 
@@ -96,11 +95,5 @@ def _sample(table: Table, count: int, seed: int) -> Table:
 
 
 def _versions(corpus: Corpus) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    found["torch"] = torch.__version__
+    found = {**installed_versions(VERSIONED), "torch": torch.__version__}
     return {**found, **{f"data:{name}": version for name, version in corpus.versions.items()}}

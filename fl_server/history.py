@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from platform import python_version
 from typing import Any, TypedDict
 
 from fl_server.handshake import Roster, Task
 from fl_server.settings import ServerSettings
 from vblora.errors import RunError
 from vblora.files import write_atomic
+from vblora.versions import installed_versions
 
 __all__ = ["History", "Record", "RejectedReply", "RoundBytes", "blank_record", "summarise"]
 
@@ -186,7 +185,10 @@ def summarise(settings: ServerSettings, roster: Roster, task: Task, records: lis
         "rejected": sum(len(record["rejected"]) for record in records),
         "dropped": sum(len(record["dropped"]) for record in records),
         "seconds": sum(record["seconds"] for record in records),
-        "versions": {"server": _server_versions(), "client": dict(roster.versions)},
+        "versions": {
+            "server": installed_versions(("fed-vblora", "flwr", "numpy")),
+            "client": dict(roster.versions),
+        },
     }
 
 
@@ -205,13 +207,3 @@ def _score(task: Task, records: list[Record]) -> dict[str, Any]:
 
 def _per(total: int, count: int) -> int:
     return round(total / count) if count else 0
-
-
-def _server_versions() -> dict[str, str]:
-    versions = {"python": python_version()}
-    for package in ("fed-vblora", "flwr", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout, or behind another carrier than Flower
-            continue
-    return versions

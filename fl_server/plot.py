@@ -27,14 +27,18 @@ def read_history(run: Path) -> list[dict[str, Any]]:
 
 
 def plot_score(runs: Sequence[Path], target: Path) -> None:
-    """Draw score against rounds and against bytes, both directions, all clients. Writes a PNG."""
+    """Draw score against rounds and against bytes, both directions, all clients. Writes a PNG.
+
+    Raises:
+        RunError: one of them is no finished run, or is damaged.
+    """
     from matplotlib.figure import Figure  # slow to import, and only needed at the end
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     by_round, by_bytes = figure.subplots(1, 2, sharey=True)
     metric = "score"
     for run in runs:
-        summary = json.loads((run / "summary.json").read_text())
+        summary = _summary(run)
         metric = summary["score"]["metric"]
         rounds, sent, scores = _curve(read_history(run))
         style = {"marker": "o", "markersize": 3, "label": f"{summary['adapter']}: {scores[-1]:.3f}"}
@@ -54,6 +58,17 @@ def plot_score(runs: Sequence[Path], target: Path) -> None:
     temporary = target.with_name(f".{target.name}")
     figure.savefig(temporary, dpi=120, format="png")
     os.replace(temporary, target)
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    path = run / "summary.json"
+    if not path.is_file():
+        raise RunError(f"{run}: no finished run, expected {path.name} as the last round leaves it")
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not readable ({error})") from error
+    return summary
 
 
 def _curve(records: Sequence[dict[str, Any]]) -> tuple[list[int], list[int], list[float]]:

@@ -26,7 +26,7 @@ from fl_client.opening import open_site
 from fl_client.serve import Answer, Question, answer
 from fl_client.settings import SiteSettings
 from fl_client.site import OnStep, Site
-from vblora.errors import FedVBError, RunError
+from vblora.errors import ConfigError, FedVBError, RunError
 
 __all__ = ["Workers", "count_workers"]
 
@@ -36,10 +36,17 @@ PATIENCE = 5.0  # seconds for a process to end by itself
 
 
 def count_workers(asked: int, device: torch.device) -> int:
-    """Processes to use: what was asked for, else one a GPU, else one."""
-    if asked:
-        return asked
-    return torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
+    """Processes to use: what was asked for, else one a GPU, else one.
+
+    Raises:
+        ConfigError: more than there are GPUs.
+    """
+    if device.type != "cuda":
+        return asked or 1
+    there = torch.cuda.device_count() - (device.index or 0)
+    if asked > there:
+        raise ConfigError(f"--workers: {asked} asked for, there are {there} GPUs from {device}; one GPU each")
+    return asked or (there if device.index is None else 1)
 
 
 class Workers:

@@ -11,10 +11,8 @@ is no GPU); `cpu` is a round of MiniLM on this machine's cores, on our engine an
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -25,6 +23,7 @@ import torch
 
 from simulations.bench.steps import measure_shape
 from simulations.bench.tables import print_table
+from vblora.versions import installed_versions
 
 __all__ = ["PARTS", "main", "run"]
 
@@ -149,17 +148,11 @@ PARTS: dict[str, Callable[[int, Sequence[str] | None], dict[str, Any]]] = {
 
 
 def _machine() -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "versions": {**versions, "torch": torch.__version__},
+        "versions": {**installed_versions(VERSIONED), "torch": torch.__version__},
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

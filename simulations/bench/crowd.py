@@ -27,6 +27,7 @@ from fl_client.train import LocalSettings
 from fl_server.app import GridExchange, app
 from fl_server.exchange import Request
 from fl_server.observer import LogObserver
+from fl_server.plot import read_history
 from simulations.bench.shapes import LABELS, SHAPES, Shape, build, make_examples
 from simulations.grid import InProcessGrid, run_server_app
 from simulations.meters import resident
@@ -110,7 +111,7 @@ def _run(
     }
     grid = InProcessGrid(partial(handle, answers=answers), clients, config, Watching())
     run_server_app(app, grid, config)
-    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    return read_history(out)
 
 
 def _carried(clients: int) -> float:

@@ -8,7 +8,6 @@ without the SuperLink beside it.
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import os
 import random
@@ -21,6 +20,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from fl_server.plot import read_history
 
 __all__ = ["ENGINES", "Engine", "measure_engines"]
 
@@ -91,8 +92,7 @@ def run_engine(engine: Engine, config: Config) -> list[dict[str, Any]]:
         _run_ray(engine, config)
     else:
         _run_ours(engine, config)
-    lines = (Path(config["out"]) / "history.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_history(Path(config["out"]))
 
 
 def _run_ours(engine: Engine, config: Config) -> None:

@@ -25,6 +25,16 @@ def test_several_runs_in_one_plot(finished: Path, tmp_path: Path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_a_run_that_is_not_finished_has_no_plot(finished: Path, tmp_path: Path):
+    (finished / "summary.json").write_text("{")
+    with pytest.raises(RunError, match=r"summary\.json: not readable"):
+        plot_score([finished], tmp_path / "plot.png")
+    (finished / "summary.json").unlink()
+    with pytest.raises(RunError, match="no finished run"):
+        plot_score([finished], tmp_path / "plot.png")
+    assert not list(tmp_path.glob("*plot.png"))
+
+
 def test_a_damaged_history_is_an_error_of_the_run(finished: Path):
     with (finished / "history.jsonl").open("a") as file:
         file.write('{"round": 4, "sc')

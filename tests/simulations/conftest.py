@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.fl_server.fakes import read_history as read_history  # for all tests of whole runs
+
 TOPICS = {
     "food": "apple bread cheese soup salt rice fish tea plate cook spoon sweet",
     "space": "star moon orbit rocket comet planet dust light probe launch ring crater",
@@ -139,12 +141,6 @@ def small_config(model: Path, data: Path, out: Path, **changes: Any) -> dict[str
         "out": str(out),
     }
     return {**default_config(), **given, **{name.replace("_", "-"): to for name, to in changes.items()}}
-
-
-def read_history(run: Path) -> list[dict[str, Any]]:
-    """The records of a run without their seconds."""
-    records = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
 
 
 def read_summary(run: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from matplotlib.image import imread
 
 from simulations.simulate import simulate
 from tests.simulations.conftest import Run, read_history, read_summary, small_config
+from vblora.errors import ConfigError
 from vblora.files import load_state
 
 FILES = {
@@ -252,6 +253,14 @@ def test_ctrl_c_on_the_command_line(
 
     assert fedvb("simulate", "--resume", "--out", "run").code == 0  # nothing is left to do
     assert read_history(tmp_path / "run") == read_history(finished)
+
+
+def test_another_run_cannot_go_on_from_this_one(run_copy: Path, tiny_bert: Path, topics: Path):
+    """On Flower's engine too, where nothing else stands before the ServerApp."""
+    before = (run_copy / "config.json").read_text()
+    with pytest.raises(ConfigError, match=r"resume: lr-bank is 0\.1, the run has"):
+        simulate(small_config(tiny_bert, topics, run_copy, resume=True, lr_bank=0.1))
+    assert (run_copy / "config.json").read_text() == before
 
 
 def test_a_finished_run_goes_on_for_more_rounds(fedvb: Run, run_copy: Path):

@@ -23,7 +23,7 @@ from simulations.simulate import simulate
 from simulations.workers import Workers, count_workers
 from tests.fl_client.sites import make_site
 from tests.simulations.conftest import read_history, small_config
-from vblora.errors import RunError, WireError
+from vblora.errors import ConfigError, RunError, WireError
 from vblora.state import initial_state
 from vblora.wire import decode_update, encode_state
 
@@ -45,6 +45,9 @@ def test_one_process_unless_asked_and_one_a_gpu(monkeypatch: pytest.MonkeyPatch)
     assert count_workers(0, torch.device("cuda")) == 4
     assert count_workers(0, torch.device("cuda:1")) == 1
     assert count_workers(2, torch.device("cuda")) == 2
+    assert count_workers(3, torch.device("cuda:1")) == 3
+    with pytest.raises(ConfigError, match="--workers: 4 asked for, there are 3 GPUs from cuda:1"):
+        count_workers(4, torch.device("cuda:1"))
 
 
 def pieces(site: Site, count: int, clients: int) -> list[list[int]]:
