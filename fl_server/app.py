@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.serverapp import Grid, ServerApp
 
 from fl_server.config_file import require_same_config, save_config
+from fl_server.events import EventLog, Several
 from fl_server.exchange import Kind, Reply, Request, client_order
 from fl_server.history import History
 from fl_server.observer import LogObserver
@@ -53,7 +54,8 @@ def main(grid: Grid, context: Context) -> None:
             require_same_config(out, context.run_config)
         save_config(out, context.run_config)
         exchange = GridExchange.meet(grid, settings.clients, settings.wait_seconds)
-        run_rounds(exchange, settings, getattr(grid, "observer", None) or LogObserver(log))
+        told = Several(LogObserver(log), EventLog(Path(settings.out)))
+        run_rounds(exchange, settings, getattr(grid, "observer", None) or told)
         plot_score([out], out / "score.png")
     except FedVBError as error:
         log.error("%s", error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fl_server.exchange import Exchange, Reply, Request, client_order
@@ -14,6 +15,7 @@ from vblora.spec import Blueprint
 __all__ = ["Fault", "Roster", "Task", "describe", "meet", "name_faults"]
 
 METRICS = ("accuracy", "loss")
+PACKAGE = "fed-vblora"
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,18 @@ def meet(exchange: Exchange, timeout: float) -> Roster:
             faults.pop(reply.client, None)
         except RunError as error:
             faults[reply.client] = str(error)
+    ours = _own_version()
     ordered = sorted(hellos, key=client_order)
-    first = hellos[ordered[0]] if ordered else {}
+    theirs = {name: hellos[name]["versions"].get(PACKAGE, ours) for name in ordered}
+    fitting = [name for name in ordered if theirs[name] == ours or not ours]
+    first = hellos[fitting[0]] if fitting else {}
     for name in ordered:
-        if hellos[name]["fingerprint"] != first["fingerprint"]:
+        if name not in fitting:
+            faults[name] = f"it runs {PACKAGE} {theirs[name]}, the server {ours}; install the same on both"
+        elif hellos[name]["fingerprint"] != first["fingerprint"]:
             faults[name] = (
                 f"its adapter is {hellos[name]['fingerprint'][:12]}, expected {first['fingerprint'][:12]} "
-                f"as client {ordered[0]} has; base model, targets, rank, h, b, k, seed and labels must agree"
+                f"as client {fitting[0]} has; base model, targets, rank, h, b, k, seed and labels must agree"
             )
     refused = tuple(Fault(name, faults[name]) for name in sorted(faults, key=client_order))
     clients = tuple(name for name in ordered if name not in faults)
@@ -126,6 +133,14 @@ def name_faults(faults: tuple[Fault, ...] | list[Fault], most: int = 5) -> str:
     """The first few of them on one line."""
     named = [f"{fault.client}: {fault.reason}" for fault in faults[:most]]
     return "; ".join([*named, f"and {len(faults) - most} more"] if len(faults) > most else named)
+
+
+def _own_version() -> str:
+    """Empty where it is run from a checkout."""
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError:
+        return ""
 
 
 def _read_hello(reply: Reply) -> dict[str, Any]:

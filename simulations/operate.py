@@ -1,4 +1,4 @@
-"""Commands for those who run a site or a server: `fedvb keys`, `server`, `site`, `trainer`.
+"""Commands to run servers and sites with: `fedvb keys`, `server`, `site`, `trainer`, `status`, `watch`.
 
 `server` and `site` are Flower's own SuperLink and SuperNode, with TLS and keys unless told otherwise.
 """
@@ -9,19 +9,23 @@ import logging
 import os
 import shutil
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vblora.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from fl_server.status import RunStatus
 
 __all__ = ["add_commands"]
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add them to the command line."""
-    for command in (keys, server, site, trainer):
+    for command in (keys, server, site, trainer, status, watch):
         app.command()(command)
 
 
@@ -183,6 +187,70 @@ def trainer(
         if name not in ("state", "socket", "max_length") and value not in ("", "auto", 0)
     }
     run_trainer(own, state, socket, {"max-length": max_length})
+
+
+def status(
+    place: Annotated[Path, typer.Argument(help="Run directory, or the socket or folder of a trainer.")],
+) -> None:
+    """Tell where a run is and what its clients did, or what a trainer is at."""
+    socket = place / "trainer.sock" if place.is_dir() else place
+    if socket.is_socket():
+        from fl_client.thin import trainer_status
+
+        _print_trainer(trainer_status(socket))
+    else:
+        from fl_server.status import read_status
+
+        _print_run(read_status(place))
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    tensorboard: Annotated[Path | None, typer.Option(help="Write TensorBoard's scalars here.")] = None,
+    prometheus: Annotated[int | None, typer.Option(help="Serve Prometheus' metrics on this port.")] = None,
+    host: Annotated[str, typer.Option(help="Address to serve them on.")] = "127.0.0.1",
+    once: Annotated[bool, typer.Option("--once", help="Tell what is there, and end.")] = False,
+) -> None:
+    """Publish a run's rounds while they come: pip install 'fed-vblora[monitor]'."""
+    from simulations import watch as publish
+
+    if tensorboard is None and prometheus is None:
+        raise ConfigError("watch: where to? name --tensorboard DIR, --prometheus PORT, or both")
+    sinks = [publish.tensorboard(tensorboard)] if tensorboard else []
+    sinks += [publish.prometheus(prometheus, host)] if prometheus is not None else []
+    told = publish.watch(run, sinks, follow=not once)
+    print(f"{told} rounds")
+
+
+def _print_trainer(found: Any) -> None:
+    busy = found.busy and f"{found.busy}, step {found.done} of {found.steps}"
+    facts = {
+        "trainer": f"process {found.pid}, {busy or 'idle'}",
+        "model": found.model,
+        "data": found.data,
+        "so far": f"{found.answered} answers, {found.bases_loaded} times a base was loaded",
+    }
+    if found.gpu_peak_bytes:
+        facts["GPU"] = f"{found.gpu_bytes / 2**30:.2f} GiB, at most {found.gpu_peak_bytes / 2**30:.2f} GiB"
+    for name, fact in facts.items():
+        print(f"{name:<9}{fact}")
+
+
+def _print_run(found: RunStatus) -> None:
+    done = "nothing" if found.round is None else f"round {found.round}"
+    print(f"{'run':<9}{found.phase}" + (f": {found.why}" if found.why else ""))
+    print(f"{'on disk':<9}{done}" + (f" of {found.rounds}" if found.rounds is not None else ""))
+    shown = {"score": found.score, "train loss": found.train_loss}
+    print(f"{'last':<9}" + (", ".join(f"{k} {v:.4f}" for k, v in shown.items() if v is not None) or "-"))
+    print(f"{'bytes':<9}{found.up:,} up, {found.down:,} down; {found.missing} replies never came")
+    if not found.clients:
+        return
+    now = datetime.now(UTC)
+    print(f"\n{'client':<20}{'last seen':>12}{'replies':>9}{'rejected':>10}{'clipped':>9}  last reason")
+    for name, client in found.clients.items():
+        seen = f"{(now - client.seen).total_seconds():.0f} s ago" if client.seen else "never"
+        counts = f"{client.replies:>9}{client.rejected:>10}{client.clipped:>9}"
+        print(f"{name:<20}{seen:>12}{counts}  {client.reason}".rstrip())
 
 
 def log_lines() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from fl_server.attendance import Attendance
+from fl_server.events import EventLog
 from fl_server.exchange import Reply, Request
 from fl_server.rounds import run_rounds
 from fl_server.training import sample_clients
@@ -655,3 +656,17 @@ def test_clipping_leaves_honest_rounds_alone(tmp_path: Path):
     run(tmp_path / "plain", **options)
     run(tmp_path / "clipped", make_exchange(order=2), clip_updates=3.0, **options)
     assert content(tmp_path / "plain") == content(tmp_path / "clipped")
+
+
+def test_another_version_of_this_package_is_refused(tmp_path: Path):
+    @dataclass
+    class Older(FakeClient):
+        def hello(self) -> dict[str, Any]:
+            return {**super().hello(), "versions": {"fed-vblora": "0.0.1"}}
+
+    exchange = FakeExchange([Older("0"), *(FakeClient(str(number)) for number in range(1, 5))])
+    events = tmp_path / "events.jsonl"
+    tmp_path.mkdir(exist_ok=True)
+    run_rounds(exchange, make_settings(tmp_path, rounds=1), EventLog(tmp_path))
+    (refused,) = json.loads(events.read_text().splitlines()[0])["refused"].values()
+    assert refused.startswith("it runs fed-vblora 0.0.1, the server ")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
+import urllib.request
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from simulations import watch
 from tests.simulations.conftest import Run
 
 
@@ -62,3 +67,42 @@ def test_a_trainer_needs_a_sites_own_text(fedvb: Run):
     told = fedvb("trainer", "--model", "minilm", "--data", "none.csv", "--state", "s")
     assert (told.code, told.out) == (2, "")
     assert told.err.splitlines()[-1] == "fedvb: none.csv: no such file or folder"
+
+
+def test_status_of_a_run_and_of_nothing(fedvb: Run, finished: Path, tmp_path: Path):
+    told = fedvb("status", finished)
+    assert (told.code, told.err) == (0, "")
+    assert told.out.splitlines()[0] == "run      finished"
+    assert "on disk  round 3" in told.out
+    told = fedvb("status", tmp_path / "none")
+    assert (told.code, "no run here" in told.err) == (2, True)
+
+
+def test_watch_publishes_every_round_once(fedvb: Run, finished: Path, tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    assert fedvb("watch", finished, "--tensorboard", tmp_path / "board").out == "4 rounds\n"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("bytes/up")] == [0, 1, 2, 3]
+    assert len(board.Scalars("norm/bank/median")) == 3
+
+
+def test_prometheus_tells_the_last_round(finished: Path):
+    pytest.importorskip("prometheus_client")
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert watch.watch(finished, [watch.prometheus(port)], follow=True) == 4
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+        told = page.read().decode()
+    assert "fedvb_round 3.0" in told
+    assert "fedvb_clients_replied 2.0" in told
+
+
+def test_what_watch_needs_is_named(fedvb: Run, finished: Path, monkeypatch: pytest.MonkeyPatch):
+    assert "name --tensorboard DIR, --prometheus PORT" in fedvb("watch", finished).err
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    told = fedvb("watch", finished, "--tensorboard", "board")
+    assert (told.code, "pip install 'fed-vblora[monitor]'" in told.err) == (2, True)
