@@ -112,4 +112,4 @@ def _resident_of(process: int | None) -> int:
 
 
 def _shown(main: int, gpu: int) -> str:
-    return f"{size(main)} memory" + (f", {size(gpu)} GPU" if gpu else "")
+    return size(main) + (f", GPU {size(gpu)}" if gpu else "")

@@ -95,6 +95,7 @@ class Display:
 
     def client_dropped(self, number: int, client: str, reason: str) -> None:
         self._clients -= 1
+        self._show(f"client {self._replies + 1}/{self._clients}")
 
     def update_clipped(self, number: int, client: str, cuts: str) -> None:
         self._say(f"round {number}: client {client}: update cut back: {cuts}")
@@ -136,7 +137,7 @@ class Display:
         self._live.update(
             self._task,
             description=f"round {self._round}/{self._rounds}",
-            now=f"{now}{loss}\n{pace}{self._memory.now}",  # a second line, to stay within 80 columns
+            now=f"{now}{loss}\n{pace}memory {self._memory.now}",  # a second line, to stay within 80 columns
         )
 
     def _say(self, line: str, style: str = "") -> None:

@@ -54,5 +54,5 @@ def test_memory_is_looked_at_once_a_second(monkeypatch: pytest.MonkeyPatch):
     memory = Memory()
     for _ in range(3):
         memory.look()
-    assert memory.now == "2.0 MB memory, 5.00 GB GPU"
-    assert memory.most == "3.0 MB memory, 5.00 GB GPU"
+    assert memory.now == "2.0 MB, GPU 5.00 GB"
+    assert memory.most == "3.0 MB, GPU 5.00 GB"

@@ -77,7 +77,7 @@ def test_a_terminal_shows_client_step_loss_and_time_left(tmp_path: Path):
     assert any(re.match(r"round 1/2 \S+ +client 1/2  step 1/3 +\S+ left", line) for line in live)
     assert any(re.match(r"round 2/2 \S+ +client 2/2  step 3/3  loss 1.0000 +\S+ left", line) for line in live)
     assert any(re.match(r"round 2/2 \S+ +evaluating  loss 1.0000 +\S+ left", line) for line in live)
-    assert any(re.fullmatch(r"[\d.,]+ clients/s  [\d.]+ [MG]B memory", line) for line in frames)
+    assert any(re.fullmatch(r"[\d.,]+ clients/s  memory [\d.]+ [MG]B", line) for line in frames)
 
 
 def test_speed_and_memory_for_the_closing_table(tmp_path: Path):
