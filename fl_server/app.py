@@ -45,7 +45,8 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the rounds and leave a whole run directory. A grid may bring its own `observer`."""
+    """Run the rounds and leave a whole run directory. A grid may bring its own `observer`, who hears all."""
+    observer = getattr(grid, "observer", None)
     try:
         settings = ServerSettings.from_run_config(context.run_config)
         out = Path(settings.out)
@@ -54,11 +55,11 @@ def main(grid: Grid, context: Context) -> None:
             require_same_config(out, context.run_config)
         save_config(out, context.run_config)
         exchange = GridExchange.meet(grid, settings.clients, settings.wait_seconds)
-        told = Several(LogObserver(log), EventLog(Path(settings.out)))
-        run_rounds(exchange, settings, getattr(grid, "observer", None) or told)
+        run_rounds(exchange, settings, Several(observer or LogObserver(log), EventLog(out)))
         plot_score([out], out / "score.png")
     except FedVBError as error:
-        log.error("%s", error)
+        if observer is None:  # else who brought it tells
+            log.error("%s", error)
         raise
 
 

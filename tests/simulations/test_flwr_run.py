@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from simulations.config import load_config
 from simulations.simulate import simulate
 from tests.conftest import ROOT
 from tests.simulations.conftest import read_history, read_summary, small_config
@@ -121,4 +122,5 @@ def test_the_same_history_as_in_process(
     assert {path.name for path in (tmp_path / "flower").iterdir()} == {
         path.name for path in (tmp_path / "here").iterdir()
     }
+    assert load_config(tmp_path / "flower") | {"out": ""} == load_config(tmp_path / "here") | {"out": ""}
     assert read_summary(tmp_path / "flower")["bytes"] == read_summary(tmp_path / "here")["bytes"]

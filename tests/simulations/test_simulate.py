@@ -18,6 +18,7 @@ from vblora.files import load_state
 
 FILES = {
     "config.json",
+    "events.jsonl",
     "history.jsonl",
     "summary.json",
     "score.png",
