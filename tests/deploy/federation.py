@@ -9,18 +9,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from fl_client import trainer_pb2 as pb
 from fl_client.thin import trainer_listens, trainer_status
 from fl_server.keys import CONNECTION, make_keys
 from tests.conftest import ROOT
-from vblora.errors import RunError
 
 __all__ = ["Federation", "Site", "free_ports"]
 
@@ -75,9 +76,10 @@ class Federation:
     data: Sequence[Path]
     options: Sequence[str] = ()
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    killed: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.port, *self._node_ports = free_ports(1 + len(self.data))
+        self.port, *self.node_ports = free_ports(2 + len(self.data))
         self.keys = self.folder / "keys"
         self.sites = [
             Site(number, file, self.folder / f"{number}.sock") for number, file in enumerate(self.data, 1)
@@ -90,7 +92,7 @@ class Federation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in reversed(self.processes.values()):
+        for process in [*self.killed, *reversed(self.processes.values())]:
             _end(process)
         if error is not None:
             error.add_note(self.logs())
@@ -112,11 +114,21 @@ class Federation:
         return process
 
     def kill(self, name: str) -> None:
-        """SIGKILL to a process and to those that it started."""
+        """SIGKILL to a process, not to those that it started: they end by themselves or with the test."""
         process = self.processes.pop(name)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        self.killed.append(process)
+
+    def kill_child(self, name: str, program: str) -> None:
+        """SIGKILL to the process that runs one of Flower's programs below another."""
+        found = [
+            child
+            for child in psutil.Process(self.processes[name].pid).children(recursive=True)
+            if any(part.endswith(program) for part in child.cmdline()[:3])
+        ]
+        assert len(found) == 1, found
+        found[0].kill()
 
     def start_all(self) -> None:
         """Everything: trainers, server, nodes, in the order that loses least time."""
@@ -149,15 +161,16 @@ class Federation:
         )
         self.wait_until(self._server_listens, "the server listens")
 
-    def start_node(self, site: Site, *, key: str = "", ca: str = "", superlink: str = "") -> None:
+    def start_node(self, site: Site, *, key: str = "", ca: str = "", port: int = 0) -> None:
         key = key or f"{self.keys}/node-{site.number}"
+        port = port or self.node_ports[site.number - 1]
         self.start(
             f"node-{site.number}",
             [
-                *(*FEDVB, "site", "--superlink", superlink or f"127.0.0.1:{self.port}", "--key", key),
+                *(*FEDVB, "site", "--superlink", f"127.0.0.1:{self.port}", "--key", key),
                 *("--ca", ca or f"{self.keys}/ca.crt", "--socket", site.socket, "--name", site.name),
                 *("--state", self.folder / f"node-{site.number}"),
-                *("--port", str(self._node_ports[site.number - 1])),
+                *("--port", str(port)),
             ],
             FLWR_HOME=str(self.folder / f"node-{site.number}" / "flwr"),
         )
@@ -250,12 +263,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def statuses(sites: Sequence[Site]) -> Mapping[int, pb.TrainerStatus]:
-    """What each trainer says; those that do not answer are left out."""
-    found = {}
-    for site in sites:
-        with suppress(RunError):
-            found[site.number] = site.status()
-    return found

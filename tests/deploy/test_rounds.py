@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import random
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.deploy.conftest import write_texts
 from tests.deploy.federation import Federation
-from tests.simulations.conftest import COMMON, TOPICS
 
 LABELS = ["--labels", "food,space,sport"]
 SMALL = {"local_steps": 3, "batch_size": 4, "rank": 2}
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder with a short path, for sockets; kept where it holds the logs of a failed test."""
-    made = Path(tempfile.mkdtemp(prefix="fedvb-"))
-    yield made
-    shutil.rmtree(made, ignore_errors=True)
-
-
-def write_texts(path: Path, labels: list[str], rows: int, seed: int) -> Path:
-    draw = random.Random(seed)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for _ in range(rows):
-            label = draw.choice(labels)
-            words = draw.choices(TOPICS[label].split(), k=4) + draw.choices(COMMON.split(), k=4)
-            writer.writerow([" ".join(words), label])
-    return path
 
 
 def test_two_sites_train_a_round(folder: Path, minilm: Path):
@@ -64,6 +39,8 @@ def test_two_sites_train_a_round(folder: Path, minilm: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_three_sites_and_five_rounds_load_three_bases(folder: Path, minilm: Path, assets: Path):
+    folder = folder / "5"
+    folder.mkdir()
     lines = (assets / "data" / "sst2" / "train.tsv").read_text().splitlines()
     files = []
     for number in range(3):
