@@ -48,3 +48,15 @@ def wire(json: Annotated[Path | None, typer.Option(help="Write all numbers here.
     from simulations.bench.wire import run
 
     run(json)
+
+
+@app.command()
+def arrival(
+    data: Annotated[str, typer.Option(help="A site's text: a file or a folder.")],
+    model: Annotated[str, typer.Option(help="Base model: minilm, a local folder, a hub id.")] = "minilm",
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions; medians are shown.")] = 5,
+) -> None:
+    """Seconds from a message's arrival at a new ClientApp to its answer, with a trainer and without."""
+    from simulations.bench.arrival import run
+
+    run(model, data, repeats)

@@ -161,19 +161,33 @@ class Federation:
         )
         self.wait_until(self._server_listens, "the server listens")
 
-    def start_node(self, site: Site, *, key: str = "", ca: str = "", port: int = 0) -> None:
+    def start_node(
+        self, site: Site, *, key: str = "", ca: str = "", port: int = 0, superlink: int = 0
+    ) -> None:
         key = key or f"{self.keys}/node-{site.number}"
         port = port or self.node_ports[site.number - 1]
         self.start(
             f"node-{site.number}",
             [
-                *(*FEDVB, "site", "--superlink", f"127.0.0.1:{self.port}", "--key", key),
+                *(*FEDVB, "site", "--superlink", f"127.0.0.1:{superlink or self.port}", "--key", key),
                 *("--ca", ca or f"{self.keys}/ca.crt", "--socket", site.socket, "--name", site.name),
                 *("--state", self.folder / f"node-{site.number}"),
                 *("--port", str(port)),
             ],
             FLWR_HOME=str(self.folder / f"node-{site.number}" / "flwr"),
         )
+
+    def restart_node(self, site: Site) -> None:
+        """Start a killed node until it stays, as systemd would: Flower lets it in once it knows it dead."""
+        name, end = f"node-{site.number}", time.monotonic() + 120
+        while time.monotonic() < end:
+            self.start_node(site)
+            with suppress(subprocess.TimeoutExpired):
+                self.processes[name].wait(15)
+                del self.processes[name]
+                continue
+            return
+        raise AssertionError(f"{name} was not let in again")
 
     def register(self, site: Site) -> None:
         """Let a node in."""
