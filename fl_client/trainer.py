@@ -58,7 +58,7 @@ def run_trainer(
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     stopped = threading.Event()
-    with _alone(state), _signals(stopped):
+    with _alone(state):
         if trainer_listens(path):
             raise RunError(
                 f"socket {path}: another trainer answers there; give this one a --socket of its own"
@@ -70,7 +70,8 @@ def run_trainer(
         try:
             service.load(expected or {})
             log.info("ready at %s", path)
-            stopped.wait()
+            with _signals(stopped):  # not before: loading should end at once
+                stopped.wait()
         finally:
             stopped.set()
             server.stop(grace=None).wait()

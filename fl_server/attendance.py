@@ -12,7 +12,7 @@ from vblora.errors import RunError
 
 __all__ = ["Attendance"]
 
-PAUSE = 2.0  # seconds between looks
+PAUSE = 2.0  # seconds between looks at who is there
 TELL_EVERY = 60.0  # seconds between messages while nothing changes
 
 
@@ -52,16 +52,16 @@ class Attendance:
         while True:
             there = set(self.exchange.present())
             found = [name for name in clients if name in there]
-            if len(found) >= min(self.least, len(clients)):
+            if len(found) >= self.least:
                 return found
             absent = ", ".join(name for name in clients if name not in there)
             self.wait(
                 f"round {number}: {len(found)} of {len(clients)} clients are there, expected "
-                f"{min(self.least, len(clients))}; missing: {absent:.300}"
+                f"{self.least}; missing: {absent:.300}"
             )
 
-    def wait(self, why: str) -> None:
-        """Pause before another try.
+    def wait(self, why: str, pause: float = PAUSE) -> None:
+        """Pause for so many seconds before another try.
 
         Raises:
             RunError: waiting cannot help, or has lasted too long.
@@ -77,4 +77,4 @@ class Attendance:
         if why != self._told[0] or now - self._told[1] >= TELL_EVERY:
             self._told = (why, now)
             self.observer.waiting(why, self._deadline - now)
-        self.sleep(min(PAUSE, max(0.0, self._deadline - now)))
+        self.sleep(min(pause, max(0.0, self._deadline - now)))

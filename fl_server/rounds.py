@@ -52,6 +52,11 @@ def run_rounds(
 
     # Step 1: who is there, and what do they train together?
     roster = meet(exchange, settings.wait_seconds)
+    if len(roster.clients) < settings.quorum:
+        raise RunError(
+            f"hello: {len(roster.clients)} clients can take part, quorum is {settings.quorum}: "
+            f"{name_faults(roster.refused)}"
+        )
     task = describe(exchange, roster, settings.wait_seconds)
 
     # Step 2: the state to go on from. Round 0 trains nothing: it evaluates the state that the seed gives.

@@ -13,7 +13,7 @@ from fl_server.clipping import Harvest
 from fl_server.exchange import NEED_STATE, Reply, Request, Scalar, client_order
 from fl_server.handshake import Fault, name_faults
 from fl_server.history import Record
-from vblora.errors import UpdateError, WireError
+from vblora.errors import RunError, UpdateError, WireError
 from vblora.frame import section_bytes
 from vblora.spec import Blueprint
 from vblora.state import State, Update, check_update
@@ -21,6 +21,7 @@ from vblora.wire import decode_update
 
 __all__ = ["sample_clients", "train_round"]
 
+RETRY = 30.0  # seconds before a round is trained again
 FLOAT_BYTES, SLACK, ROOM = 4, 4, 1 << 20  # a reply may be `SLACK` times what float32 takes, and some room
 
 
@@ -40,15 +41,16 @@ def train_round(run: Run, reference: Broadcast, record: Record) -> None:
         names = sample_clients(there, settings.clients_per_round, settings.seed, number)
         harvest = Harvest(reference.state, run.task.blueprint, settings.clip_updates)
         faults = _collect(run, reference, names, harvest, record)
-        if len(harvest) >= min(settings.quorum, len(run.clients)):
+        if len(harvest) >= settings.quorum:
             break
         faults += [Fault(name, "no reply in time") for name in record["missing"]]
         found = (
             f"{len(harvest)} usable replies, quorum is {settings.quorum}," if harvest else "no usable reply"
         )
-        run.attendance.wait(
-            f"round {number}: {found} from {len(names)} clients: {name_faults(ordered(faults))}"
-        )
+        why = f"round {number}: {found} from {len(names)} clients: {name_faults(ordered(faults))}"
+        if len(record["dropped"]) == len(names):  # as drawn from the seed: they would again
+            raise RunError(f"{why}; go on with --resume and other clients, or lower dropout")
+        run.attendance.wait(why, RETRY)
     state, cuts = harvest.finish()
     for name in sorted(cuts, key=client_order):
         run.observer.update_clipped(number, name, cuts[name])

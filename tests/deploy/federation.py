@@ -125,7 +125,8 @@ class Federation:
         found = [
             child
             for child in psutil.Process(self.processes[name].pid).children(recursive=True)
-            if any(part.endswith(program) for part in child.cmdline()[:3])
+            if child.status() != psutil.STATUS_ZOMBIE
+            and any(part.endswith(program) for part in child.cmdline()[:3])
         ]
         assert len(found) == 1, found
         found[0].kill()

@@ -670,3 +670,20 @@ def test_another_version_of_this_package_is_refused(tmp_path: Path):
     run_rounds(exchange, make_settings(tmp_path, rounds=1), EventLog(tmp_path))
     (refused,) = json.loads(events.read_text().splitlines()[0])["refused"].values()
     assert refused.startswith("it runs fed-vblora 0.0.1, the server ")
+
+
+def test_a_quorum_that_nobody_could_reach_is_told_at_the_start(tmp_path: Path):
+    other = make_blueprint(replace(SPEC, seed=9))
+    exchange = FakeExchange([FakeClient("0"), FakeClient("1"), FakeClient("2", other)])
+    with pytest.raises(RunError, match="2 clients can take part, quorum is 3: 2: its adapter is"):
+        run(tmp_path, exchange, clients=3, quorum=3)
+
+
+def test_clients_that_all_drop_out_by_the_seed_are_not_waited_for(tmp_path: Path, no_sleep: list[float]):
+    def drop(request: Request, reply: Reply) -> list[Reply]:
+        gone = Reply(reply.client, metrics={"dropped": 1}, text="drew it")
+        return [gone if request.kind == "train" else reply]
+
+    with pytest.raises(RunError, match="round 1: no usable reply from 3 clients"):
+        run(tmp_path, make_exchange(tamper=drop, lasting=True))
+    assert no_sleep == []
