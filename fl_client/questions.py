@@ -25,8 +25,9 @@ class Question:
         client: its number.
         kind: hello, describe, train or evaluate.
         blob: the reference state, for train and evaluate.
-        config: `round` and `lr-scale` to train, and `seconds` where it has to stop after so many and send
-            what it has; `shard` and `shards` to evaluate; `run`, its name, for both.
+        config: `round` and `lr-scale` to train, `frozen` where tensors are to be left alone (their names, by
+            comma), `seconds` where it has to stop after so many and send what it has; `shard` and `shards`
+            to evaluate; `run`, its name, for both.
     """
 
     client: int

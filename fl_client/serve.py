@@ -69,6 +69,7 @@ def _train(site: Site, questions: Sequence[Question], on_step: OnStep | None) ->
         working,
         round_number=number,
         scale=float(asked.config["lr-scale"]),
+        frozen=[name for name in str(asked.config.get("frozen", "")).split(",") if name],
         on_step=_limited(asked, on_step),
     )
     for client, result in trained:

@@ -6,7 +6,7 @@ A deployed site serves one client; a simulation's process serves many virtual on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +87,7 @@ class Site:
         *,
         round_number: int,
         scale: float,
+        frozen: Collection[str] = (),
         on_step: OnStep | None = None,
     ) -> Iterator[tuple[int, Trained]]:
         """Train clients from one state, cohort after cohort; yields (client, what it did), in any order.
@@ -99,6 +100,7 @@ class Site:
             steps: local steps by client.
             round_number: names the draw.
             scale: of the learning rates.
+            frozen: tensors that stay as they are.
             on_step: told the steps of each cohort.
         """
 
@@ -110,6 +112,7 @@ class Site:
                 [self._job(client, steps[client], round_number) for client in clients],
                 self.settings.local,
                 scale=scale,
+                frozen=frozen,
                 pad=self.pad,
                 on_step=on_step,
             )

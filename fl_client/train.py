@@ -5,7 +5,7 @@ Alone is a cohort of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,7 @@ class LocalSettings:
         warmup: share of the steps over which the rates rise: Adam's first steps, of a round too, are all
             sign and no size.
         clip_norm: largest gradient norm; 0 is off.
+        prox: weight of FedProx' pull towards the reference (arXiv 1812.06127), on everything but logits.
     """
 
     steps: int = 10
@@ -49,6 +50,7 @@ class LocalSettings:
     lr_head: float = 1e-2
     warmup: float = 0.25
     clip_norm: float = 0.0
+    prox: float = 0.0
 
     def __post_init__(self) -> None:
         raise_faults("local training", self._faults())
@@ -65,6 +67,8 @@ class LocalSettings:
             yield f"warmup is {self.warmup}, expected 0 to 1"
         if not 0 <= self.clip_norm < float("inf"):
             yield f"clip-norm is {self.clip_norm}, expected 0 (off) or more"
+        if not 0 <= self.prox < float("inf"):
+            yield f"prox is {self.prox}, expected 0 (off) or more"
 
     def rise(self, step: int) -> float:
         """Scale of the rates in a step, counted from 0: rises to 1 over the warm-up."""
@@ -111,6 +115,7 @@ def train_cohort(
     settings: LocalSettings,
     *,
     scale: float = 1.0,
+    frozen: Collection[str] = (),
     pad: int = 0,
     on_step: OnStep | None = None,
 ) -> list[Trained]:
@@ -123,6 +128,7 @@ def train_cohort(
         jobs: one a client.
         settings: the same for all.
         scale: of the learning rates in this round.
+        frozen: tensors that stay as they are in this round.
         pad: token id of padding.
         on_step: told the steps; where it says to stop, the updates hold what was done until then.
     """
@@ -131,6 +137,7 @@ def train_cohort(
     ]
     optimiser = AdamW(settings.rates(scale), settings.clip_norm)
     tensors = model.load(state, len(jobs))
+    start = {name: tensors[name].detach().clone() for name in state.dense} if settings.prox else {}
     steps = max(len(plan) for plan in plans)
     lengths = torch.tensor([len(plan) for plan in plans], device=model.device)
     uneven = any(len(plan) != steps for plan in plans)
@@ -140,12 +147,15 @@ def train_cohort(
     for step in range(steps):
         if step % CHECK_EVERY == 0:
             _make_room(model, tensors, optimiser)
+        trained = {name: tensor for name, tensor in tensors.items() if name not in frozen}
         parts = [
             (job.examples, plan[step] if step < len(plan) else nothing)
             for job, plan in zip(jobs, plans, strict=True)
         ]
-        losses, gradients = _gradients(model, task, tensors, parts, pad)
-        optimiser.step(tensors, gradients, lengths > step if uneven else None, settings.rise(step))
+        losses, gradients = _gradients(model, task, tensors, trained, parts, pad)
+        for name in start.keys() & gradients.keys():
+            gradients[name] = gradients[name] + settings.prox * (tensors[name].detach() - start[name])
+        optimiser.step(trained, gradients, lengths > step if uneven else None, settings.rise(step))
         total += losses
         if on_step is not None and on_step(step + 1, steps):
             done = step + 1
@@ -192,19 +202,23 @@ def _gradients(
     model: AdaptedModel,
     task: Task,
     tensors: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
     parts: Sequence[tuple[Examples, np.ndarray]],
     pad: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(C,) losses, detached, and each tensor's gradient. A client's loss depends on its own tensors alone."""
+    """(C,) losses, detached, and gradients of the tensors that are trained.
+
+    A client's loss depends on its own tensors alone.
+    """
     batch = collate(parts, pad, model.device)
     model.bind(tensors)
     try:
         logits = model(input_ids=batch.tokens, attention_mask=batch.mask).logits
         losses = task.losses(logits, batch, len(parts))
-        found = torch.autograd.grad(losses.sum(), list(tensors.values()))
+        found = torch.autograd.grad(losses.sum(), list(trained.values()))
     finally:
         model.unbind()
-    return losses.detach(), dict(zip(tensors, found, strict=True))
+    return losses.detach(), dict(zip(trained, found, strict=True))
 
 
 def _make_room(model: AdaptedModel, tensors: dict[str, Tensor], optimiser: AdamW) -> None:

@@ -19,8 +19,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from vblora import seeded
+from vblora.anchors import anchored
 from vblora.errors import UpdateError
-from vblora.spec import Blueprint
+from vblora.spec import Blueprint, VBLoRASpec
 from vblora.state import State, TopK, Update, mixture_weights
 
 __all__ = ["MAX_EXAMPLES", "MAX_TOTAL_EXAMPLES", "Mean", "aggregate"]
@@ -34,16 +36,20 @@ MAX_PEAK = (1 << 63) - ONE - 1  # room for one update on top of what `_FixedSum.
 MAX_EXAMPLES = 1 << 24  # of one update: so 127 clients that all claim the most still fit into a round
 MAX_TOTAL_EXAMPLES = (1 << 31) - 1  # of a round: a weight of 1 from every example still fits an int64
 CHUNK = 1 << 18  # numbers converted at once: the temporaries stay in the cache
+FLOOR = 1024.0  # no seed lies as far below 0
 MERGE = 1 << 20  # entries of selections that wait before they are merged: 16 MB
 
 
-def aggregate(reference: State, updates: Iterable[Update], blueprint: Blueprint) -> State:
+def aggregate(
+    reference: State, updates: Iterable[Update], blueprint: Blueprint, space: str = "weights"
+) -> State:
     """The state after a round: `Mean` over all updates, held one at a time.
 
     Args:
         reference: the state that every update was trained from.
         updates: each passed by `vblora.state.check_update`.
         blueprint: of the reference.
+        space: in which selections are averaged, see `Mean`.
 
     Returns:
         A state with the next version.
@@ -51,7 +57,7 @@ def aggregate(reference: State, updates: Iterable[Update], blueprint: Blueprint)
     Raises:
         UpdateError: no updates, or one too large for the sums.
     """
-    mean = Mean(reference, blueprint)
+    mean = Mean(reference, blueprint, space)
     for update in updates:
         mean.add(update)
     return mean.finish()
@@ -60,8 +66,10 @@ def aggregate(reference: State, updates: Iterable[Update], blueprint: Blueprint)
 class Mean:
     """A mean of updates, weighted by examples, that takes them one at a time.
 
-    Dense sections: `reference + mean change`, in float32. Top-k rows: the mean of the mixture weights over
-    all bank vectors, of which the k largest are kept (ties to the lower position) and renormalised.
+    Dense sections: `reference + mean change`, in float32. Top-k rows, by `space`: "weights", the mean of the
+    mixture weights over all bank vectors, of which the k largest are kept (ties to the lower position) and
+    renormalised; "logits", the mean of the logits that the selections stand for (`candidates.anchored`; a
+    logit that a client did not choose has its seed), of which the k largest are kept.
 
     Memory does not grow with the number of updates: one int64 a dense number (two where sums are huge), and
     some 32 bytes for each (row, bank vector) that any update chose.
@@ -71,14 +79,16 @@ class Mean:
         examples: that they were trained on, together.
     """
 
-    def __init__(self, reference: State, blueprint: Blueprint) -> None:
+    def __init__(self, reference: State, blueprint: Blueprint, space: str = "weights") -> None:
         self.updates = 0
         self.examples = 0
         self._reference = reference
         self._sums = {name: _FixedSum(array.size) for name, array in reference.dense.items()}
         self._selection = None
-        if reference.topk is not None and blueprint.topk_shape is not None:
-            self._selection = _SelectionSum(reference.topk, blueprint.topk_shape[2])
+        if reference.topk is not None and isinstance(blueprint.spec, VBLoRASpec):
+            spec = blueprint.spec
+            space_of = _Logits(spec, blueprint.rows) if space == "logits" else _Weights()
+            self._selection = _SelectionSum(reference.topk, spec.num_vectors, space_of)
 
     def add(self, update: Update) -> None:
         """Take one update that passed `check_update`; all of it, or nothing where an error is raised.
@@ -171,16 +181,73 @@ class _FixedSum:
         self._bound = ONE
 
 
+class _Weights:
+    """Selections as the weights of their mixtures."""
+
+    def of(self, rows: Ints, topk: TopK) -> Ints:
+        """(n, k) positive integers of 2^-32, what `rows` give to each of their positions."""
+        # A weight below half a step still counts as one: the ratio of two weights must stay finite.
+        return np.maximum(np.rint(mixture_weights(topk.gaps[rows]) * ONE).astype(np.int64), 1)
+
+    def untouched(self, rows: Ints, k: int) -> Ints:
+        """(n, m) positions that compete though nobody chose them."""
+        return np.empty((len(rows), 0), np.int64)
+
+    def levels(self, rows: Ints, positions: Ints, sums: Ints, total: int) -> Ints:
+        """(n,) what the k largest are chosen by; positive."""
+        return sums
+
+    def gaps(self, chosen: Ints, total: int) -> Floats:
+        """(n, k - 1) gaps of logits, from (n, k) levels."""
+        return np.log(chosen[:, :1] / chosen[:, 1:]).astype(np.float32)
+
+
+class _Logits:
+    """Selections as the logits that they stand for, above the seeds that everyone holds."""
+
+    def __init__(self, spec: VBLoRASpec, rows: int) -> None:
+        self._spec, self._rows = spec, rows
+        self._seeds = np.empty((rows, 0), np.float32)
+
+    def of(self, rows: Ints, topk: TopK) -> Ints:
+        wide = self._seeded(int(topk.positions[rows].max(initial=0)) + 2)
+        part = TopK(topk.positions[rows], topk.gaps[rows])
+        seeds = np.take_along_axis(wide[rows], part.positions.astype(np.int64), axis=1)
+        lifts = anchored(self._spec, wide[rows], part).astype(np.float64) - seeds
+        return np.rint(lifts * ONE).astype(np.int64)
+
+    def untouched(self, rows: Ints, k: int) -> Ints:
+        # Seeds fall along the places: of those that nobody chose only the first can be among the k largest.
+        return np.tile(np.arange(min(2 * k, self._spec.num_vectors), dtype=np.int64), (len(rows), 1))
+
+    def levels(self, rows: Ints, positions: Ints, sums: Ints, total: int) -> Ints:
+        seeds = self._seeded(int(positions.max(initial=0)) + 1)[rows, positions].astype(np.float64)
+        return np.rint(sums / total).astype(np.int64) + np.rint((seeds + FLOOR) * ONE).astype(np.int64)
+
+    def gaps(self, chosen: Ints, total: int) -> Floats:
+        return ((chosen[:, :1] - chosen[:, 1:]) / ONE).astype(np.float32)
+
+    def _seeded(self, width: int) -> Floats:
+        """(S, W) seeds, W at least `width` (h where that is less)."""
+        spec = self._spec
+        if self._seeds.shape[1] < min(width, spec.num_vectors):
+            wide = min(spec.num_vectors, max(width, 2 * self._seeds.shape[1], spec.topk + 1))
+            rows = np.arange(self._rows)
+            self._seeds = seeded.values(spec.seed, rows, spec.num_vectors, wide, spec.init_std)
+        return self._seeds
+
+
 class _SelectionSum:
-    """Exact sums of the weights that updates give to bank vectors, by row and position.
+    """Exact sums of what updates give to bank vectors, by row and position.
 
     A row that an update left as the reference has it is only counted. All others become pairs of a key
-    (`row * h + position`) and a weight. They are merged, sorted by key, whenever as many wait as are held, so
-    each entry is sorted a few times at most.
+    (`row * h + position`) and an integer. They are merged, sorted by key, whenever as many wait as are held,
+    so each entry is sorted a few times at most.
     """
 
-    def __init__(self, reference: TopK, num_vectors: int) -> None:
+    def __init__(self, reference: TopK, num_vectors: int, space: _Weights | _Logits) -> None:
         self._reference = reference
+        self._space = space
         self._num_vectors = num_vectors
         self._kept: Ints = np.zeros(len(reference.positions), np.int64)  # (S,) examples that left it alone
         self._keys: Ints = np.empty(0, np.int64)  # (n,) rising
@@ -199,16 +266,17 @@ class _SelectionSum:
         rows = np.flatnonzero(self._kept != total)
         held = rows[self._kept[rows] > 0]
         self._wait(self._reference, held, self._kept[held, None])
+        k = self._reference.positions.shape[1]
+        first = (rows[:, None] * self._num_vectors + self._space.untouched(rows, k)).ravel()
+        self._waiting.append((first, np.zeros_like(first)))
         self._merge()
         positions, gaps = self._reference.positions.copy(), self._reference.gaps.copy()
         if rows.size:
-            positions[rows], gaps[rows] = self._heaviest(rows, positions.shape[1])
+            positions[rows], gaps[rows] = self._heaviest(rows, k, total)
         return TopK(positions, gaps)
 
     def _wait(self, topk: TopK, rows: Ints, times: Ints | np.int64) -> None:
-        weights = np.rint(mixture_weights(topk.gaps[rows]) * ONE).astype(np.int64)
-        # A weight below half a step still counts as one: the ratio of two weights must stay finite.
-        sums = np.maximum(weights, 1) * times
+        sums = self._space.of(rows, topk) * times
         keys = rows[:, None] * self._num_vectors + topk.positions[rows]
         self._waiting.append((keys.ravel(), sums.ravel()))
         self._waiting_entries += keys.size
@@ -225,23 +293,24 @@ class _SelectionSum:
             starts = _run_starts(keys)
             self._keys, self._sums = keys[starts], np.add.reduceat(sums, starts)
 
-    def _heaviest(self, rows: Ints, k: int) -> tuple[NDArray[np.int32], Floats]:
+    def _heaviest(self, rows: Ints, k: int, total: int) -> tuple[NDArray[np.int32], Floats]:
         """Positions and gaps of `rows`. Each has k entries at least, as any one selection has.
 
         k passes, each taking the heaviest of every row: several times faster than sorting the rows by weight.
         """
-        starts = _run_starts(self._keys // self._num_vectors)
+        of_row, places = np.divmod(self._keys, self._num_vectors)
+        starts = _run_starts(of_row)
         lengths = np.diff(np.append(starts, self._keys.size))
-        left = self._sums.copy()
+        levels = self._space.levels(of_row, places, self._sums, total)
+        left = levels.copy()
         best = np.empty((rows.size, k), np.int64)
         for turn in range(k):
             largest = np.repeat(np.maximum.reduceat(left, starts), lengths)
             hits = np.flatnonzero(left == largest)
             best[:, turn] = hits[np.searchsorted(hits, starts)]  # of equals the first, so the lowest position
-            left[best[:, turn]] = 0  # every sum is positive
+            left[best[:, turn]] = 0  # every level is positive
         positions = (self._keys[best] - rows[:, None] * self._num_vectors).astype(np.int32)
-        chosen = self._sums[best]
-        gaps = np.log(chosen[:, :1] / chosen[:, 1:]).astype(np.float32)
+        gaps = self._space.gaps(levels[best], total)
         return positions, np.maximum.accumulate(gaps, axis=1)  # log need not be monotonic to the last bit
 
 

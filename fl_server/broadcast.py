@@ -27,6 +27,7 @@ class Broadcast:
         settings: how the next state is rounded.
         state: the reference.
         waiting: what rounding has dropped so far, by section.
+        moments: what the server's steps remember of earlier rounds.
         held: the version that each client is known to hold: it has sent an update against it.
         recent: the last states by version.
     """
@@ -35,6 +36,7 @@ class Broadcast:
     settings: WireSettings
     state: State
     waiting: Dense = field(default_factory=dict)
+    moments: Dense = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
     recent: dict[int, State] = field(default_factory=dict)
 

@@ -6,9 +6,11 @@ A round has two files. The server's is written first, so a state on disk has all
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from fl_server.broadcast import RECENT, Broadcast
@@ -18,6 +20,8 @@ from vblora.spec import Blueprint
 from vblora.state import State
 
 __all__ = ["load_newest", "require_same", "restore", "save_checkpoint"]
+
+Floats = NDArray[np.float32]
 
 
 def save_checkpoint(out: Path, run: str, broadcast: Broadcast) -> None:
@@ -29,7 +33,9 @@ def save_checkpoint(out: Path, run: str, broadcast: Broadcast) -> None:
         broadcast: the reference after the round, and who holds what.
     """
     state, folder = broadcast.state, _folder(out)
-    beside = safetensors_bytes(broadcast.waiting, {"run": run, "held": json.dumps(broadcast.held)})
+    tensors = {f"waiting/{name}": array for name, array in broadcast.waiting.items()}
+    tensors |= {f"moments/{name}": array for name, array in broadcast.moments.items()}
+    beside = safetensors_bytes(tensors, {"run": run, "held": json.dumps(broadcast.held)})
     write_atomic(folder / f"server-{state.version:05d}.safetensors", beside)
     save_state(folder / f"round-{state.version:05d}.safetensors", state, broadcast.blueprint)
     for path in _files(out)[RECENT:]:
@@ -72,7 +78,9 @@ def restore(out: Path, state: State, broadcast: Broadcast) -> str:
     try:
         with safe_open(path, "np") as file:
             known = file.metadata() or {}
-            broadcast.waiting = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        broadcast.waiting = _below("waiting/", tensors)
+        broadcast.moments = _below("moments/", tensors)
         broadcast.held = {str(name): int(version) for name, version in json.loads(known["held"]).items()}
         return str(known["run"])
     except (OSError, SafetensorError, KeyError, ValueError):
@@ -101,6 +109,10 @@ def _differences(checkpoint: dict[str, object], clients: dict[str, object]) -> I
             yield f"{key}: the checkpoint has {len(old)}, the clients {len(new)}"
         elif old != new:
             yield f"{key}: the checkpoint has {old!r:.60}, the clients {new!r:.60}"
+
+
+def _below(prefix: str, tensors: Mapping[str, Floats]) -> dict[str, Floats]:
+    return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
 
 
 def _folder(out: Path) -> Path:

@@ -68,10 +68,11 @@ class Harvest:
         reference: the state that they were trained from.
         blueprint: of that state.
         factor: see `clip_updates`; 0 cuts nothing.
+        space: in which selections are averaged, see `Mean`.
     """
 
-    def __init__(self, reference: State, blueprint: Blueprint, factor: float) -> None:
-        self._mean = Mean(reference, blueprint)
+    def __init__(self, reference: State, blueprint: Blueprint, factor: float, space: str = "weights") -> None:
+        self._mean = Mean(reference, blueprint, space)
         self._reference, self._blueprint = reference, blueprint
         self._factor = factor
         self._held: dict[str, Update] = {}

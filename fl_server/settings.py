@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from fl_server.exchange import Scalar
+from fl_server.stepping import StepSettings, step_settings
 from vblora.errors import raise_faults
 from vblora.rounding import WIRES, WireSettings, wire_settings
 from vblora.spec import MAX_SEED
 
 __all__ = ["SCHEDULES", "ServerSettings"]
 
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "root", "constant")
+SPACES = ("weights", "logits")
 LIMITS: Mapping[str, tuple[float, float]] = {
     "rounds": (1, 1_000_000),
     "clients": (1, 1_000_000),
@@ -30,6 +32,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "close_at": (0, 1),
     "clip_updates": (0, 1_000_000),
     "max_reply": (0, 1 << 40),
+    "logits_every": (1, 1_000_000),
 }
 
 
@@ -42,7 +45,7 @@ class ServerSettings:
         clients: to wait for at the start.
         clients_per_round: drawn for each round, seeded.
         seed: of that draw.
-        schedule: of the learning-rate scale over rounds: "cosine" or "constant".
+        schedule: of the learning-rate scale over rounds: "cosine", "root" (1 / sqrt(round)) or "constant".
         final_scale: the scale of the last round, where it is "cosine".
         warmup_rounds: over which the scale rises to 1.
         eval_every: rounds from one evaluation to the next; the start and the last round are always evaluated.
@@ -56,7 +59,11 @@ class ServerSettings:
         close_at: share of the asked clients whose usable replies close a round; the others come too late.
         clip_updates: times the round's median that an update may reach, see `fl_server.clipping`; 0 is off.
         max_reply: bytes of a reply at most; 0 is four times what is sent in float32, and a megabyte.
+        logits_every: rounds from one in which clients train logits to the next; between them selections
+            stay and cost nothing.
+        logit_mean: in which space selections are averaged, "weights" or "logits".
         wire: how states are rounded.
+        step: what becomes of a round's mean.
     """
 
     rounds: int = 10
@@ -76,7 +83,10 @@ class ServerSettings:
     close_at: float = 1.0
     clip_updates: float = 0.0
     max_reply: int = 0
+    logits_every: int = 1
+    logit_mean: str = "weights"
     wire: WireSettings = WIRES["default"]
+    step: StepSettings = field(default_factory=StepSettings)
 
     def __post_init__(self) -> None:
         raise_faults("server settings", self._faults())
@@ -90,7 +100,11 @@ class ServerSettings:
         """
         keys = {item.name: item.name.replace("_", "-") for item in fields(cls)}
         values: dict[str, Any] = {name: config[key] for name, key in keys.items() if key in config}
-        return cls(**{**values, "wire": wire_settings(config)})
+        return cls(**{**values, "wire": wire_settings(config), "step": step_settings(config)})
+
+    def frozen(self, number: int) -> str:
+        """Names of the tensors that clients leave alone in a round, by comma."""
+        return "" if (number - 1) % self.logits_every == 0 else "logits"
 
     def lr_scale(self, number: int) -> float:
         """What learning rates are multiplied with in a round, counted from 1: above 0, at most 1."""
@@ -99,6 +113,8 @@ class ServerSettings:
         if self.schedule == "constant":
             return 1.0
         first = self.warmup_rounds + 1
+        if self.schedule == "root":
+            return float((number - first + 1) ** -0.5)
         progress = (number - first) / max(1, self.rounds - first)
         return self.final_scale + (1 - self.final_scale) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -106,6 +122,8 @@ class ServerSettings:
         wrong = set()
         for item in fields(self):
             name, value = item.name, getattr(self, item.name)
+            if item.default is MISSING:  # has checked itself
+                continue
             kind: type[Any] = type(item.default)
             # bool is an int to Python, but not to whoever wrote `rounds = true`; 600 will do for 600.0.
             if type(value) is not kind and not (kind is float and type(value) is int):
@@ -128,6 +146,8 @@ class ServerSettings:
             yield f"clip-updates is {self.clip_updates}, expected 0 (off) or at least 1"
         if "schedule" not in wrong and self.schedule not in SCHEDULES:
             yield f"schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}"
+        if "logit_mean" not in wrong and self.logit_mean not in SPACES:
+            yield f"logit-mean is {self.logit_mean!r}, expected one of {', '.join(SPACES)}"
         if "out" not in wrong and not self.out:
             yield "out is empty, expected the run directory"
 

@@ -13,6 +13,7 @@ from fl_server.clipping import Harvest
 from fl_server.exchange import NEED_STATE, Reply, Request, Scalar, client_order
 from fl_server.handshake import Fault, name_faults
 from fl_server.history import Record
+from fl_server.stepping import step_towards
 from vblora.errors import RunError, UpdateError, WireError
 from vblora.frame import section_bytes
 from vblora.spec import Blueprint
@@ -39,7 +40,7 @@ def train_round(run: Run, reference: Broadcast, record: Record) -> None:
     while True:
         there = run.attendance.gather(run.clients, number)
         names = sample_clients(there, settings.clients_per_round, settings.seed, number)
-        harvest = Harvest(reference.state, run.task.blueprint, settings.clip_updates)
+        harvest = Harvest(reference.state, run.task.blueprint, settings.clip_updates, settings.logit_mean)
         faults = _collect(run, reference, names, harvest, record)
         if len(harvest) >= settings.quorum:
             break
@@ -59,7 +60,8 @@ def train_round(run: Run, reference: Broadcast, record: Record) -> None:
     record["replies"], record["examples"] = len(harvest), harvest.examples
     traffic = record["bytes"]
     traffic["up_per_client"] = round(sum(traffic["up_sections"].values()) / len(harvest))
-    reference.advance(state)
+    stepped, reference.moments = step_towards(state, reference.state, reference.moments, settings.step)
+    reference.advance(stepped)
 
 
 def sample_clients(clients: Sequence[str], count: int, seed: int, number: int) -> list[str]:
@@ -79,6 +81,8 @@ def _collect(
     traffic["up_sections"] = {}
 
     config: dict[str, Scalar] = {"round": number, "lr-scale": record["lr_scale"], "run": run.name}
+    if frozen := settings.frozen(number):
+        config["frozen"] = frozen
     if settings.train_seconds:
         config["seconds"] = settings.train_seconds
     # All are waited for in full, so that what comes twice is counted.

@@ -175,6 +175,37 @@ def simulate(
     clip_norm: Annotated[
         float, typer.Option(help="Largest gradient norm; 0 is off.", rich_help_panel="Training")
     ] = 0.0,
+    prox: Annotated[
+        float,
+        typer.Option(help="FedProx: pull of a client to the shared state.", rich_help_panel="Training"),
+    ] = 0.0,
+    logits_every: Annotated[
+        int,
+        typer.Option(
+            help="Rounds from one that trains logits to the next; others train the bank.",
+            rich_help_panel="Training",
+        ),
+    ] = 1,
+    logit_mean: Annotated[
+        str,
+        typer.Option(
+            help="What is averaged of the selections: mixture weights, or logits.", rich_help_panel="Training"
+        ),
+    ] = "weights",
+    server_optimizer: Annotated[
+        str,
+        typer.Option(
+            help="What the server makes of a round's mean change: mean, momentum or adam.",
+            rich_help_panel="Training",
+        ),
+    ] = "mean",
+    server_rate: Annotated[
+        float, typer.Option(help="Scale of the server's step.", rich_help_panel="Training")
+    ] = 1.0,
+    server_decay: Annotated[
+        float,
+        typer.Option(help="Of what it remembers of earlier rounds.", rich_help_panel="Training"),
+    ] = 0.9,
     clip_updates: Annotated[
         float,
         typer.Option(
@@ -182,7 +213,7 @@ def simulate(
         ),
     ] = 0.0,
     schedule: Annotated[
-        str, typer.Option(help="Rates over rounds: cosine or constant.", rich_help_panel="Training")
+        str, typer.Option(help="Rates over rounds: cosine, root or constant.", rich_help_panel="Training")
     ] = "cosine",
     warmup_rounds: Annotated[int, typer.Option(help="Rounds of warm-up.", rich_help_panel="Training")] = 0,
     wire: Annotated[

@@ -13,6 +13,7 @@ from fl_client.settings import AdapterSettings, DataSettings, SiteSettings, from
 from fl_client.train import LocalSettings
 from fl_server.config_file import read_config
 from fl_server.settings import ServerSettings
+from fl_server.stepping import step_keys
 from vblora.errors import ConfigError, raise_faults
 from vblora.rounding import wire_keys
 
@@ -54,7 +55,7 @@ def default_config() -> Config:
         EngineSettings,
     ):
         for item in fields(kind):
-            if item.name == "wire":
+            if item.name in ("wire", "step"):
                 continue
             name = (
                 "local-steps"
@@ -62,7 +63,7 @@ def default_config() -> Config:
                 else item.name.replace("_", "-")
             )
             flat[name] = item.default  # type: ignore[assignment]
-    return {**flat, **wire_keys()}
+    return {**flat, **step_keys(), **wire_keys()}
 
 
 def check_config(config: Mapping[str, Any]) -> tuple[SiteSettings, ServerSettings]:

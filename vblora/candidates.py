@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vblora import seeded
+from vblora.anchors import anchored
 from vblora.spec import VBLoRASpec
 from vblora.state import TopK
 
-__all__ = ["CHECK_EVERY", "Candidates", "Selection", "anchored"]
+__all__ = ["CHECK_EVERY", "Candidates", "Selection"]
 
 WIDTH = 64
 GROWTH = 4
@@ -184,41 +185,3 @@ def _largest(values: Tensor, k: int) -> Tensor:
         values.scatter_(-1, place, -torch.inf)
         found.append(place)
     return torch.cat(found, dim=-1)
-
-
-def _first_missing(positions: NDArray[np.int32]) -> NDArray[np.int64]:
-    """(S,) the smallest place that is not in a row's set."""
-    ranked = np.sort(positions, axis=1)
-    unbroken = (ranked == np.arange(positions.shape[1])).cumprod(axis=1)
-    return np.asarray(unbroken.sum(axis=1), np.int64)
-
-
-def anchored(spec: VBLoRASpec, seeds: Floats, topk: TopK) -> Floats:
-    """(S, k) logits of the chosen, from additions and maxima alone: the same bits everywhere.
-
-    Args:
-        spec: gives k, h and the margin.
-        seeds: (S, W) seeded logits of the first W >= k + 1 places of each row (W = h where h is less).
-        topk: the selection.
-    """
-    last = topk.positions[:, -1:]
-    lowest = np.take_along_axis(seeds, np.minimum(last, seeds.shape[1] - 1), axis=1)
-    if spec.topk < spec.num_vectors:
-        missing = _first_missing(topk.positions)[:, None]
-        # A place beyond the first missing one has a lower seed: its own never decides, nor one cut to W - 1.
-        lowest = np.maximum(lowest, np.take_along_axis(seeds, missing, axis=1) + np.float32(spec.margin))
-    spans = np.concatenate([np.zeros((len(topk.gaps), 1), np.float32), topk.gaps], axis=1)
-    return _untied(lowest + (spans[:, -1:] - spans), topk.positions)
-
-
-def _untied(logits: Floats, positions: NDArray[np.int32]) -> Floats:
-    """`logits` (S, k), first the largest, moved apart by one step of float32 where a tie would change that.
-
-    Rounding ties logits whose gap is small against their level, and of a tie the lower place comes first.
-    """
-    for turn in range(logits.shape[1] - 2, -1, -1):
-        later = logits[:, turn + 1]
-        above = np.nextafter(later, np.float32(np.inf))
-        least = np.where(positions[:, turn] > positions[:, turn + 1], above, later)
-        logits[:, turn] = np.maximum(logits[:, turn], least)
-    return logits

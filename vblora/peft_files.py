@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vblora import seeded
-from vblora.candidates import anchored
+from vblora.anchors import anchored
 from vblora.errors import ExportError
 from vblora.files import safetensors_bytes, write_atomic
 from vblora.spec import Blueprint, RowSlice, VBLoRASpec

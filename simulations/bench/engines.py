@@ -38,18 +38,12 @@ class Engine:
 
     name: str
     workers: int
-    cohort: int = 0
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.workers} × {_threads(self.workers)} threads" + (
-            f", cohort {self.cohort}" if self.cohort else ""
-        )
+        return f"{self.name}, {self.workers} × {_threads(self.workers)} threads"
 
 
-ENGINES = (
-    Engine("ray", 2),
-    *(Engine("ours", workers, cohort) for workers in (1, 2) for cohort in (1, 4, 8)),
-)
+ENGINES = (Engine("ray", 2), Engine("ours", 1), Engine("ours", 2))
 
 
 def measure_engines(repeats: int, clients: int, rounds: int, model: str = "minilm") -> dict[str, Any]:
@@ -159,7 +153,6 @@ def _config(engine: Engine, model: str, data: Path, clients: int, rounds: int, o
         "max-length": LENGTH,
         "local-steps": STEPS,
         "batch-size": ROWS,
-        "cohort": engine.cohort,
         "device": "cpu",
         "out": str(out),
     }

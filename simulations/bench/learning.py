@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -20,7 +22,6 @@ import time
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def read_study(path: Path) -> list[Config]:
     """All runs of a study, one config for each setting and seed."""
     study = json.loads(path.read_text())
     seeds = study.get("seeds", [0])
-    return [{**study.get("base", {}), **run, "seed": seed} for run in study["runs"] for seed in seeds]
+    # Seed by seed, so that a study that is cut short has tried every setting.
+    return [{**study.get("base", {}), "seed": seed, **run} for seed in seeds for run in study["runs"]]
 
 
 def run_one(config: Mapping[str, Any], texts: Path) -> dict[str, Any]:
@@ -134,13 +136,13 @@ def _run_all(
 ) -> list[dict[str, Any]]:
     started = time.monotonic()
     results: list[dict[str, Any]] = []
-    with get_context("spawn").Pool(processes) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, _take_gpu) as pool:
         pending = pool.imap_unordered(partial(_guarded, texts=texts), configs)
         while len(results) < len(configs):
             left = seconds - (time.monotonic() - started) if seconds else None
             try:
                 found = pending.next(timeout=left)
-            except TimeoutError:
+            except multiprocessing.TimeoutError:
                 break
             results.append(found)
             shown = (
@@ -150,6 +152,14 @@ def _run_all(
             if target is not None:
                 target.write_text(json.dumps(results))
     return [result for result in results if "error" not in result]
+
+
+def _take_gpu() -> None:
+    """Give this process of a pool one of the machine's GPUs, in turn, before CUDA looks at them."""
+    number = multiprocessing.current_process()._identity[-1] - 1
+    if "CUDA_VISIBLE_DEVICES" not in os.environ and (gpus := len(list(Path("/dev").glob("nvidia[0-9]*")))):
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+    torch.set_float32_matmul_precision("high")
 
 
 def _guarded(config: Config, texts: Path) -> dict[str, Any]:

@@ -369,3 +369,34 @@ def test_rates_scale_and_rise():
     assert [settings.rise(step) for step in range(7)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1])
     assert replace(settings, warmup=0.0).rise(0) == 1.0
     assert replace(settings, steps=1, warmup=1.0).rise(0) == 1.0
+
+
+# --- What is held fixed, what pulls back ---------------------------------------------
+
+
+def test_frozen_tensors_stay_and_cost_nothing():
+    model, job = make_model(), make_jobs()[3]
+    state = make_state(model.blueprint)
+    (logits,) = train_cohort(model, TASKS["bert"], state, [job], SETTINGS, frozen=["logits"])
+    assert logits.update.topk.same_rows(state.topk).all()
+    assert np.abs(logits.update.dense["bank"]).max() > 0
+    (bank,) = train_cohort(model, TASKS["bert"], state, [job], SETTINGS, frozen=["bank", "head"])
+    assert np.abs(bank.update.dense["bank"]).max() == np.abs(bank.update.dense["head"]).max() == 0
+    assert not bank.update.topk.same_rows(state.topk).all()
+
+
+def test_fedprox_adds_its_gradient():
+    """One step from the reference knows no pull; the second does, and AdamW takes its sign alone."""
+    model, job = make_model(spec=LORA), make_jobs()[3]
+    state = make_state(model.blueprint)
+    for steps, alike in ((1, True), (2, False)):
+        settings = replace(SETTINGS, steps=steps)
+        (free,) = train_cohort(model, TASKS["bert"], state, [replace(job, steps=steps)], settings)
+        (pulled,) = train_cohort(
+            model, TASKS["bert"], state, [replace(job, steps=steps)], replace(settings, prox=1.0)
+        )
+        assert np.array_equal(free.update.dense["rows"], pulled.update.dense["rows"]) is alike
+    (held,) = train_cohort(model, TASKS["bert"], state, [job], replace(SETTINGS, prox=1e6))
+    (free,) = train_cohort(model, TASKS["bert"], state, [job], SETTINGS)
+    norms = [np.linalg.norm(found.update.dense["rows"]) for found in (held, free)]
+    assert norms[0] < 0.5 * norms[1]

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from fl_server import aggregate as module
 from fl_server.aggregate import MAX_EXAMPLES, Mean, aggregate
 from tests.fl_server.fakes import make_blueprint, make_update
+from vblora import seeded
+from vblora.anchors import anchored
 from vblora.errors import UpdateError
 from vblora.spec import Blueprint, Linear, LoRASpec, VBLoRASpec
 from vblora.state import State, TopK, Update, check_update, initial_state, mixture_weights
@@ -47,12 +49,12 @@ def dense_mean(updates: list[Update], h: int) -> np.ndarray:
 
 
 @settings(deadline=None, max_examples=60)
-@given(rounds(), st.randoms(use_true_random=False))
-def test_order_of_arrival_does_not_change_a_bit(case, random):
+@given(rounds(), st.randoms(use_true_random=False), st.sampled_from(["weights", "logits"]))
+def test_order_of_arrival_does_not_change_a_bit(case, random, space):
     blueprint, reference, updates = case
-    expected = aggregate(reference, updates, blueprint)
+    expected = aggregate(reference, updates, blueprint, space)
     shuffled = random.sample(updates, len(updates))
-    assert aggregate(reference, shuffled, blueprint).digest == expected.digest
+    assert aggregate(reference, shuffled, blueprint, space).digest == expected.digest
     assert expected.version == reference.version + 1
 
 
@@ -77,6 +79,32 @@ def test_agrees_with_a_dense_mean(case):
     )
 
 
+def dense_logits_of(topk: TopK, spec: VBLoRASpec) -> np.ndarray:
+    """(S, h) logits by place that a selection stands for."""
+    seeds = seeded.values(
+        spec.seed, np.arange(len(topk.positions)), spec.num_vectors, spec.num_vectors, spec.init_std
+    )
+    logits = seeds.astype(np.float64)
+    np.put_along_axis(logits, topk.positions.astype(np.int64), anchored(spec, seeds, topk), axis=1)
+    return logits
+
+
+@settings(deadline=None, max_examples=60)
+@given(rounds())
+def test_in_logits_agrees_with_a_dense_mean(case):
+    blueprint, reference, updates = case
+    new = aggregate(reference, updates, blueprint, "logits")
+    check_update(Update(new.version, new.digest, 1, new.dense, new.topk), blueprint, new)
+    total = sum(update.examples for update in updates)
+    logits = sum(dense_logits_of(update.topk, blueprint.spec) * update.examples for update in updates) / total
+    _, k, _ = blueprint.topk_shape
+    moved = np.any([~update.topk.same_rows(reference.topk) for update in updates], axis=0)
+    chosen = np.take_along_axis(logits, new.topk.positions, axis=1)[moved]
+    best = -np.sort(-logits, axis=1)[moved, :k]
+    np.testing.assert_allclose(chosen, best, atol=1e-6)
+    np.testing.assert_allclose(new.topk.gaps[moved], best[:, :1] - best[:, 1:], atol=1e-6)
+
+
 @settings(deadline=None, max_examples=60)
 @given(rounds())
 def test_a_convex_combination_stays_within_bounds(case):
@@ -93,14 +121,14 @@ def test_a_convex_combination_stays_within_bounds(case):
 
 
 @settings(deadline=None, max_examples=40)
-@given(rounds())
-def test_zero_updates_are_identity(case):
+@given(rounds(), st.sampled_from(["weights", "logits"]))
+def test_zero_updates_are_identity(case, space):
     blueprint, reference, updates = case
     zeros = constant(reference, 0.0)
     reference.dense["bank"][0] = -0.0  # equal to 0, but not the same bits
     reference = replace(reference)  # its digest is cached
     same = [replace(update, dense=zeros, topk=reference.topk) for update in updates]
-    new = aggregate(reference, same, blueprint)
+    new = aggregate(reference, same, blueprint, space)
     assert replace(new, version=reference.version).digest == reference.digest
 
 

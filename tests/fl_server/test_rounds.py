@@ -21,6 +21,7 @@ from fl_server.attendance import Attendance
 from fl_server.events import EventLog
 from fl_server.exchange import Reply, Request
 from fl_server.rounds import run_rounds
+from fl_server.stepping import StepSettings
 from fl_server.training import sample_clients
 from tests.fl_server.fakes import (
     SPEC,
@@ -390,7 +391,16 @@ def test_killed_at_every_point_and_resumed(tmp_path: Path, monkeypatch: pytest.M
     assert at > 60
 
 
-def interrupted(out: Path, rounds: int) -> None:
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_what_the_server_remembers_survives(tmp_path: Path, optimizer: str):
+    step = StepSettings(optimizer, rate=0.1, decay=0.7)
+    run(tmp_path / "whole", step=step)
+    interrupted(tmp_path / "cut", 2, step=step)
+    run(tmp_path / "cut", resume=True, step=step)
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def interrupted(out: Path, rounds: int, **options: Any) -> None:
     """A run that was stopped by Ctrl-C in the round after `rounds`."""
 
     def stop(request: Request, reply: Reply) -> Iterator[Reply]:
@@ -399,7 +409,7 @@ def interrupted(out: Path, rounds: int) -> None:
         yield reply
 
     with pytest.raises(KeyboardInterrupt):
-        run(out, make_exchange(tamper=stop))
+        run(out, make_exchange(tamper=stop), **options)
 
 
 def test_ctrl_c_leaves_the_run_resumable(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -34,7 +34,8 @@ def test_tells_all_faults_together():
         "server settings: rounds is 0, expected 1 to 1000000; seed is 'one', expected a whole number; "
         "eval-every is True, expected a whole number; timeout-seconds is nan, expected 0 to 604800; "
         "clients-per-round is 4 but there are 3 clients; lower clients-per-round or raise clients; "
-        "schedule is 'linear', expected one of cosine, constant; out is empty, expected the run directory"
+        "schedule is 'linear', expected one of cosine, root, constant; "
+        "out is empty, expected the run directory"
     )
 
 
@@ -45,5 +46,19 @@ def test_schedule():
     assert [warm.lr_scale(number) for number in range(1, 6)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     both = ServerSettings(rounds=10, warmup_rounds=3)
     assert [both.lr_scale(number) for number in (3, 4, 10)] == pytest.approx([0.75, 1.0, 0.1])
+    root = ServerSettings(rounds=20, warmup_rounds=1, schedule="root")
+    assert [root.lr_scale(number) for number in (1, 2, 5, 17)] == pytest.approx([0.5, 1, 0.5, 0.25])
     assert ServerSettings(rounds=1).lr_scale(1) == 1.0
     assert 0 < ServerSettings(rounds=2, warmup_rounds=5).lr_scale(2) <= 1
+
+
+def test_logits_rest_between_their_rounds():
+    every = ServerSettings()
+    assert {every.frozen(number) for number in range(1, 9)} == {""}
+    third = ServerSettings(logits_every=3)
+    assert [third.frozen(number) for number in range(1, 6)] == ["", "logits", "logits", "", "logits"]
+
+
+def test_what_selections_are_averaged_by():
+    with pytest.raises(ConfigError, match="logit-mean is 'sets', expected one of weights, logits"):
+        ServerSettings(logit_mean="sets")

@@ -133,7 +133,7 @@ def test_ten_thousand_clients_fit_in_memory():
 @pytest.mark.ray
 @pytest.mark.slow
 def test_both_engines_train_the_same(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engines, "ENGINES", (Engine("ray", 2), Engine("ours", 1), Engine("ours", 2, 2)))
+    monkeypatch.setattr(engines, "ENGINES", (Engine("ray", 2), Engine("ours", 1), Engine("ours", 2)))
     found = measure_engines(1, 4, 3, str(tiny_bert))
     assert found["notes"] == []
     assert [row["engine"].split(",")[0] for row in found["rows"]] == ["ray", "ours", "ours"]

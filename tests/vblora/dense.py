@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vblora import seeded
-from vblora.candidates import Candidates, anchored
+from vblora.anchors import anchored
+from vblora.candidates import Candidates
 from vblora.rows import mix
 from vblora.spec import Blueprint, VBLoRASpec
 from vblora.state import State, TopK

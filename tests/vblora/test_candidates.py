@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from fl_client.optim import AdamW
 from tests.vblora.dense import DenseRows, largest, seeded_table, start_logits, unfold
 from tests.vblora.tiny import adapt, make_base, make_blueprint, make_inputs
-from vblora.candidates import CHECK_EVERY, WIDTH, Candidates, _largest, anchored
+from vblora.anchors import anchored
+from vblora.candidates import CHECK_EVERY, WIDTH, Candidates, _largest
 from vblora.model import AdaptedModel
 from vblora.rows import MixedRows
 from vblora.seeded import values
