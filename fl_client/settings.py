@@ -14,7 +14,6 @@ from vblora.spec import (
     ADAPTERS,
     AdapterSpec,
     Linear,
-    LoRASpec,
     VBLoRASpec,
     choose_num_vectors,
     choose_vector_length,
@@ -88,11 +87,11 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Which adapter. A 0 leaves a size to be chosen from the model.
+    """Which adapter. A 0 leaves a size to be chosen from the model; a kind reads the numbers that it has.
 
     Attributes:
-        adapter: vblora or lora.
-        rank, num_vectors, vector_length, topk, init_std, margin, alpha: as in the specs of `vblora.spec`.
+        adapter: a kind, one of `vblora.adapters.ADAPTERS`.
+        rank, num_vectors, vector_length, topk, init_std, margin, alpha, theta_length: as in the specs there.
         target_modules: all-linear, or layer names separated by commas.
     """
 
@@ -104,6 +103,7 @@ class AdapterSettings:
     init_std: float = VBLoRASpec.init_std
     margin: float = VBLoRASpec.margin
     alpha: float = 0.0
+    theta_length: int = 0
     target_modules: str = "all-linear"
 
     def __post_init__(self) -> None:
@@ -112,7 +112,7 @@ class AdapterSettings:
     def _faults(self) -> Iterator[str]:
         if self.adapter not in ADAPTERS:
             yield f"adapter is {self.adapter!r}, expected one of {', '.join(ADAPTERS)}"
-        for name in ("rank", "num_vectors", "vector_length"):
+        for name in ("rank", "num_vectors", "vector_length", "theta_length"):
             if getattr(self, name) < 0:
                 yield f"{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more, or 0 to choose"
         if not 0 <= self.alpha <= 65536:
@@ -122,21 +122,24 @@ class AdapterSettings:
 
     def spec(self, linears: tuple[Linear, ...], seed: int) -> AdapterSpec:
         """The adapter for these layers, open sizes chosen."""
-        if self.adapter == "lora":
-            rank = self.rank or LoRASpec.rank
-            return LoRASpec(rank=rank, alpha=self.alpha or 2.0 * rank, seed=seed)
-        rank = self.rank or VBLoRASpec.rank
+        kind = ADAPTERS[self.adapter]
+        rank = self.rank or kind.rank
         length = self.vector_length or choose_vector_length(linears)
         rows = max((part.stop for part in row_slices(linears, rank, length)), default=0)
-        return VBLoRASpec(
-            rank=rank,
-            num_vectors=self.num_vectors or choose_num_vectors(rows),
-            vector_length=length,
-            topk=self.topk,
-            init_std=self.init_std,
-            margin=self.margin,
-            seed=seed,
-        )
+        vectors = self.num_vectors or choose_num_vectors(rows)
+        numbers = {
+            "rank": rank,
+            "alpha": self.alpha or 2.0 * rank,
+            "num_vectors": vectors,
+            "vector_length": length,
+            "topk": self.topk,
+            "init_std": self.init_std,
+            "margin": self.margin,
+            # As many numbers as a bank would have, and each read at least four times.
+            "theta_length": self.theta_length or max(1, min(vectors, rows // 4) * length),
+            "seed": seed,
+        }
+        return kind(**{entry.name: numbers[entry.name] for entry in fields(kind) if entry.name in numbers})
 
 
 @dataclass(frozen=True)

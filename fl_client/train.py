@@ -27,6 +27,9 @@ OnStep = Callable[[int, int], bool | None]
 
 CPU_TOKENS, GPU_TOKENS = 1 << 10, 1 << 14  # of an evaluation batch
 
+# Learning rates of kinds without a bank.
+RATES: Mapping[str, float] = {"lora": 2e-3, "ffa-lora": 2e-3, "lora-xs": 4e-3, "uni-lora": 5e-3}
+
 
 @dataclass(frozen=True)
 class LocalSettings:
@@ -35,7 +38,8 @@ class LocalSettings:
     Attributes:
         steps: local steps of AdamW; its moments start at zero each round.
         batch_size: texts a step.
-        lr_bank, lr_logits, lr_rows, lr_head: learning rates by tensor; `rows` are LoRA's.
+        lr_bank, lr_logits, lr_head: learning rates by tensor.
+        lr_rows: of what a kind without a bank trains; 0 is the kind's own of `RATES`.
         warmup: share of the steps over which the rates rise: Adam's first steps, of a round too, are all
             sign and no size.
         clip_norm: largest gradient norm; 0 is off.
@@ -46,7 +50,7 @@ class LocalSettings:
     batch_size: int = 16
     lr_bank: float = 8e-3
     lr_logits: float = 1e-2
-    lr_rows: float = 2e-3
+    lr_rows: float = 0.0
     lr_head: float = 1e-2
     warmup: float = 0.25
     clip_norm: float = 0.0
@@ -74,9 +78,11 @@ class LocalSettings:
         """Scale of the rates in a step, counted from 0: rises to 1 over the warm-up."""
         return min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
 
-    def rates(self, scale: float) -> dict[str, float]:
-        """Learning rate by tensor name, times the round's scale."""
-        base = {"bank": self.lr_bank, "logits": self.lr_logits, "rows": self.lr_rows, "head": self.lr_head}
+    def rates(self, kind: str, scale: float) -> dict[str, float]:
+        """Learning rate by tensor name for a kind of adapter, times the round's scale."""
+        own = self.lr_rows or RATES.get(kind, 0.0)
+        base = {"bank": self.lr_bank, "logits": self.lr_logits, "head": self.lr_head}
+        base |= dict.fromkeys(("rows", "cores", "theta"), own)
         return {name: rate * scale for name, rate in base.items()}
 
 
@@ -135,7 +141,7 @@ def train_cohort(
     plans = [
         plan_round(job.examples, job.steps or settings.steps, settings.batch_size, job.seed) for job in jobs
     ]
-    optimiser = AdamW(settings.rates(scale), settings.clip_norm)
+    optimiser = AdamW(settings.rates(model.blueprint.spec.kind, scale), settings.clip_norm)
     tensors = model.load(state, len(jobs))
     start = {name: tensors[name].detach().clone() for name in state.dense} if settings.prox else {}
     steps = max(len(plan) for plan in plans)

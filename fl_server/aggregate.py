@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vblora import seeded
+from vblora.adapters import VBLoRASpec
 from vblora.anchors import anchored
 from vblora.errors import UpdateError
-from vblora.spec import Blueprint, VBLoRASpec
+from vblora.spec import Blueprint
 from vblora.state import State, TopK, Update, mixture_weights
 
 __all__ = ["MAX_EXAMPLES", "MAX_TOTAL_EXAMPLES", "Mean", "aggregate"]

@@ -9,9 +9,9 @@ from typing import Any
 
 from fl_server.exchange import Scalar
 from fl_server.stepping import StepSettings, step_settings
+from vblora.adapters import MAX_SEED
 from vblora.errors import raise_faults
 from vblora.rounding import WIRES, WireSettings, wire_settings
-from vblora.spec import MAX_SEED
 
 __all__ = ["SCHEDULES", "ServerSettings"]
 

@@ -123,11 +123,19 @@ def simulate(
     stragglers: Annotated[
         float, typer.Option(help="Chance that one is stopped early.", rich_help_panel="Federation")
     ] = 0.0,
-    adapter: Annotated[str, typer.Option(help="vblora or lora.", rich_help_panel="Adapter")] = "vblora",
+    adapter: Annotated[
+        str,
+        typer.Option(
+            help="vblora, lora, ffa-lora, lora-xs, uni-lora or bank-only.", rich_help_panel="Adapter"
+        ),
+    ] = "vblora",
     rank: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="INTEGER", help="r; else 4 (vblora) or 8 (lora).", rich_help_panel="Adapter"
+            min=1,
+            metavar="INTEGER",
+            help="r; else 4, 8 (lora, ffa-lora) or 16 (lora-xs).",
+            rich_help_panel="Adapter",
         ),
     ] = None,
     num_vectors: Annotated[
@@ -153,8 +161,17 @@ def simulate(
         str, typer.Option(help="all-linear, or layer names such as query,value.", rich_help_panel="Adapter")
     ] = "all-linear",
     alpha: Annotated[
-        float, typer.Option(help="LoRA's alpha; 0 is twice the rank.", rich_help_panel="Adapter")
+        float, typer.Option(help="Of lora and ffa-lora; 0 is twice the rank.", rich_help_panel="Adapter")
     ] = 0.0,
+    theta_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="INTEGER",
+            help="d, numbers that uni-lora trains; else by model size.",
+            rich_help_panel="Adapter",
+        ),
+    ] = None,
     local_steps: Annotated[
         int, typer.Option(help="Steps of a client in a round.", rich_help_panel="Training")
     ] = 10,
@@ -165,7 +182,12 @@ def simulate(
     lr_logits: Annotated[
         float, typer.Option(help="Learning rate of the logits.", rich_help_panel="Training")
     ] = 1e-2,
-    lr_rows: Annotated[float, typer.Option(help="Learning rate of LoRA.", rich_help_panel="Training")] = 2e-3,
+    lr_rows: Annotated[
+        float,
+        typer.Option(
+            help="Learning rate of the kinds without a bank; 0 is the kind's own.", rich_help_panel="Training"
+        ),
+    ] = 0.0,
     lr_head: Annotated[
         float, typer.Option(help="Learning rate of the head.", rich_help_panel="Training")
     ] = 1e-2,
@@ -372,9 +394,9 @@ def _describe(site: Any, config: dict[str, Any]) -> None:
     """What is about to be trained, and the sizes that were chosen."""
     blueprint, spec = site.blueprint, site.blueprint.spec
     least, most = min(map(len, site.parts)), max(map(len, site.parts))
-    sizes = f"rank {spec.rank}"
-    if spec.kind == "vblora":
-        sizes += f", h {spec.num_vectors}, b {spec.vector_length}, k {spec.topk}"
+    letters = {"num_vectors": "h", "vector_length": "b", "topk": "k", "theta_length": "d"}
+    given = {letter: getattr(spec, name, None) for name, letter in letters.items()}
+    sizes = ", ".join([f"rank {spec.rank}", *(f"{name} {size}" for name, size in given.items() if size)])
     facts = {
         "model": f"{config['model']} on {site.model.device}",
         "data": f"{config['data']}: {len(site.train):,} training texts, {len(site.test):,} held out"

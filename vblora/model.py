@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from vblora.errors import ModelError
 from vblora.layers import AdaptedLinear, HeadLinear
-from vblora.rows import row_source, spread
+from vblora.rows import spread
+from vblora.sources import row_source
 from vblora.spec import Blueprint, HeadTensor, Linear
 from vblora.state import State
+from vblora.weights import dense_weight
 
 __all__ = ["AdaptedModel", "describe_base", "find_head", "find_linears"]
 
@@ -109,7 +111,7 @@ class AdaptedModel:
         parameter = next(base.parameters())
         self.device = parameter.device
         self.dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.float32
-        self.source = row_source(blueprint, self.device)
+        self.source = row_source(blueprint, self.device, lambda name: dense_weight(base.get_submodule(name)))
         self._linears = [
             _replace(
                 base, linear.name, AdaptedLinear(base.get_submodule(linear.name), blueprint.spec.scaling)

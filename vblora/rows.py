@@ -2,7 +2,7 @@
 
 A source is made for one blueprint and one device. `load` gives leaf tensors for C clients that start from one
 state, `rows` composes them, `growth` keeps room in them, `selections` reads what would be sent. One load is
-live at a time: the next one voids the tensors of the last.
+live at a time: the next one voids the tensors of the last. VB-LoRA's is here, the others in `vblora.sources`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vblora.errors import ModelError
 from vblora.spec import Blueprint, VBLoRASpec
 from vblora.state import State, TopK
 
-__all__ = ["FreeRows", "MixedRows", "RowSource", "row_source"]
+__all__ = ["MixedRows", "RowSource", "mix", "spread"]
 
 Tensors = dict[str, Tensor]
 Floats = NDArray[np.float32]
@@ -44,25 +44,6 @@ class RowSource(Protocol):
 
     def selections(self, tensors: Mapping[str, Tensor]) -> list[TopK | None]:
         """What each client selects now."""
-
-
-class FreeRows:
-    """LoRA: the rows themselves are trained, as the one tensor `rows` (C, S, b)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def load(self, state: State, clients: int) -> Tensors:
-        return {"rows": spread(state.dense["rows"], clients, self._device)}
-
-    def rows(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return tensors["rows"]
-
-    def growth(self) -> dict[str, Tensor]:
-        return {}
-
-    def selections(self, tensors: Mapping[str, Tensor]) -> list[TopK | None]:
-        return [None] * len(tensors["rows"])
 
 
 class MixedRows:
@@ -150,11 +131,6 @@ def mix(bank: Tensor, logits: Tensor, slots: Tensor, order: Tensor) -> Tensor:
         mode="sum",
     )
     return mixed.view(clients, rows, b)
-
-
-def row_source(blueprint: Blueprint, device: torch.device) -> RowSource:
-    """The source that a blueprint's adapter trains."""
-    return MixedRows(blueprint, device) if isinstance(blueprint.spec, VBLoRASpec) else FreeRows(device)
 
 
 def spread(array: Floats, clients: int, device: torch.device) -> Tensor:

@@ -18,13 +18,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["order", "uniform", "values"]
+__all__ = ["integers", "order", "uniform", "values"]
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
-STREAMS = {"bank": 1, "order": 2, "values": 3, "head": 4, "rows": 5}
-Stream = Literal["bank", "order", "values", "head", "rows"]
+STREAMS = {"bank": 1, "order": 2, "values": 3, "head": 4, "rows": 5, "theta": 6, "places": 7, "probe": 8}
+Stream = Literal["bank", "order", "values", "head", "rows", "theta", "places", "probe"]
 
 FEISTEL_ROUNDS = 6
 CHUNK = 1 << 20  # draws held at once: bounds the temporaries to some tens of MB
@@ -50,6 +50,15 @@ def uniform(seed: int, stream: Stream, start: int, count: int, bound: float) -> 
     steps = (_keys(seed, stream, index) >> np.uint64(40)).astype(np.int64)
     centred = (2 * steps - (1 << 24) + 1).astype(np.float32)
     return centred * np.float32(bound * 2.0**-24)
+
+
+def integers(seed: int, stream: Stream, count: int, below: int) -> NDArray[np.int32]:
+    """The first `count` numbers of a stream, even over 0 to below - 1; `below` is at most 2^31."""
+    out = np.empty(count, np.int32)
+    for start in range(0, count, CHUNK):
+        index = np.arange(start, min(count, start + CHUNK), dtype=np.int64)
+        out[index] = (_keys(seed, stream, index) >> np.uint64(32)) * np.uint64(below) >> np.uint64(32)
+    return out
 
 
 def order(seed: int, rows: Ints, num_vectors: int, width: int) -> NDArray[np.int32]:

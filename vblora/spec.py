@@ -1,7 +1,8 @@
 """What server and client must agree on before a number travels: the blueprint of one adapter.
 
-Axes used in this package: S rows (sub-vectors) of the whole model, b vector length, h bank vectors, k mixed
-vectors a row, r rank, C clients of a cohort.
+The kinds of adapter and their numbers are in `vblora.adapters`. Axes used in this package: S rows
+(sub-vectors) of the whole model, b vector length, h bank vectors, k mixed vectors a row, r rank, C clients of
+a cohort.
 """
 
 from __future__ import annotations
@@ -10,30 +11,40 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
-from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any
 
-from vblora.errors import ConfigError, ModelError, raise_faults
+from vblora.adapters import (
+    ADAPTERS,
+    AdapterSpec,
+    BankOnlySpec,
+    FFALoRASpec,
+    LoRASpec,
+    LoRAXSSpec,
+    UniLoRASpec,
+    VBLoRASpec,
+)
+from vblora.errors import ConfigError, ModelError
 
 __all__ = [
     "ADAPTERS",
     "AdapterSpec",
+    "BankOnlySpec",
     "Blueprint",
+    "FFALoRASpec",
     "HeadTensor",
     "Linear",
     "LoRASpec",
+    "LoRAXSSpec",
     "RowSlice",
+    "UniLoRASpec",
     "VBLoRASpec",
     "choose_num_vectors",
     "choose_vector_length",
     "row_slices",
 ]
-
-MAX_NUM_VECTORS = 1 << 20
-MAX_SEED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -82,130 +93,6 @@ def row_slices(linears: Iterable[Linear], rank: int, vector_length: int) -> Iter
 
 
 @dataclass(frozen=True)
-class VBLoRASpec:
-    """VB-LoRA (arXiv 2405.15179, eq. 3-5): rows are top-k mixtures of a shared bank of h vectors of length b.
-
-    Attributes:
-        rank: r of every pair of factors.
-        num_vectors: h, vectors in the bank.
-        vector_length: b, length of a vector.
-        topk: k vectors mixed into a row. With k = 1 the selection never changes: softmax of one is constant.
-        init_std: standard deviation of the initial logits (paper 0.01, PEFT 0.1).
-        bank_bound: the bank starts uniform in (-bank_bound, bank_bound).
-        margin: least distance from a chosen logit to the best of the others when a state is re-anchored.
-        seed: of everything that both sides draw instead of sending.
-    """
-
-    kind: ClassVar[str] = "vblora"
-    rank: int = 4
-    num_vectors: int = 256
-    vector_length: int = 256
-    topk: int = 2
-    init_std: float = 0.1
-    bank_bound: float = 0.02
-    margin: float = 0.02
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        raise_faults("adapter vblora", list(_kind_faults(self)) or self._faults())
-
-    def _faults(self) -> Iterator[str]:
-        if not 1 <= self.rank <= 1024:
-            yield f"rank is {self.rank}, expected 1 to 1024"
-        if not 1 <= self.num_vectors <= MAX_NUM_VECTORS:
-            yield f"num-vectors (h) is {self.num_vectors}, expected 1 to {MAX_NUM_VECTORS}"
-        if not 1 <= self.vector_length <= 65536:
-            yield f"vector-length (b) is {self.vector_length}, expected 1 to 65536"
-        if not 1 <= self.topk <= 64:
-            yield f"topk (k) is {self.topk}, expected 1 to 64"
-        elif self.topk > self.num_vectors >= 1:
-            yield f"topk (k) is {self.topk}, the bank has num-vectors (h) {self.num_vectors}; choose k <= h"
-        if not 0 < self.init_std <= 10:
-            yield f"init-std is {self.init_std}, expected above 0, at most 10"
-        if not 0 < self.bank_bound <= 10:
-            yield f"bank-bound is {self.bank_bound}, expected above 0, at most 10"
-        if not 1e-4 <= self.margin <= 10:
-            yield f"margin is {self.margin}, expected 0.0001 to 10 (0 would tie a chosen logit with the next)"
-        if not 0 <= self.seed < MAX_SEED:
-            yield f"seed is {self.seed}, expected 0 to 2^62 - 1"
-
-    @property
-    def scaling(self) -> float:
-        """Factor on B A x. VB-LoRA has none."""
-        return 1.0
-
-    def row_length(self, linears: tuple[Linear, ...]) -> int:
-        return self.vector_length
-
-    def dense_shapes(self, linears: tuple[Linear, ...]) -> dict[str, tuple[int, ...]]:
-        return {"bank": (self.num_vectors, self.vector_length)}
-
-    def topk_shape(self, rows: int) -> tuple[int, int, int] | None:
-        """(S, k, h) of the selection."""
-        return rows, self.topk, self.num_vectors
-
-
-@dataclass(frozen=True)
-class LoRASpec:
-    """LoRA (arXiv 2106.09685) as free rows: the same layers, the rows themselves are trained.
-
-    Attributes:
-        rank: r of every pair of factors.
-        alpha: B A x is scaled by alpha / r.
-        seed: of the initial A (uniform, bound 1/sqrt(in), as PEFT draws it); B starts at zero.
-    """
-
-    kind: ClassVar[str] = "lora"
-    rank: int = 8
-    alpha: float = 16.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        raise_faults("adapter lora", list(_kind_faults(self)) or self._faults())
-
-    def _faults(self) -> Iterator[str]:
-        if not 1 <= self.rank <= 1024:
-            yield f"rank is {self.rank}, expected 1 to 1024"
-        if not 0 < self.alpha <= 65536:
-            yield f"alpha is {self.alpha}, expected above 0, at most 65536"
-        if not 0 <= self.seed < MAX_SEED:
-            yield f"seed is {self.seed}, expected 0 to 2^62 - 1"
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
-
-    def row_length(self, linears: tuple[Linear, ...]) -> int:
-        """The largest length that divides every side, so no row is cut and nothing is trained in vain."""
-        return math.gcd(*(side for lin in linears for side in (lin.in_features, lin.out_features)))
-
-    def dense_shapes(self, linears: tuple[Linear, ...]) -> dict[str, tuple[int, ...]]:
-        length = self.row_length(linears)
-        return {
-            "rows": (
-                sum(self.rank * (lin.in_features + lin.out_features) for lin in linears) // length,
-                length,
-            )
-        }
-
-    def topk_shape(self, rows: int) -> tuple[int, int, int] | None:
-        return None
-
-
-def _kind_faults(spec: VBLoRASpec | LoRASpec) -> Iterator[str]:
-    """Settings that are not numbers of their kind, such as a rank of 4.5 or of "4"."""
-    for entry in fields(spec):
-        value, whole = getattr(spec, entry.name), isinstance(entry.default, int)
-        if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
-            expected = "a whole number" if whole else "a number"
-            yield f"{entry.name.replace('_', '-')} is {value!r}, expected {expected}"
-
-
-AdapterSpec = VBLoRASpec | LoRASpec
-ADAPTERS: Mapping[str, type[VBLoRASpec | LoRASpec]] = {"vblora": VBLoRASpec, "lora": LoRASpec}
-
-
-@dataclass(frozen=True)
 class Blueprint:
     """Everything that gives the numbers of a state their meaning. Two sites with one fingerprint can average.
 
@@ -241,6 +128,7 @@ class Blueprint:
         for tensor in self.head:
             if min(tensor.shape, default=1) < 1:
                 yield f"{tensor.name} has shape {tensor.shape}, expected sides of 1 or more"
+        yield from _misfits(self.spec, self.linears)
 
     @cached_property
     def slices(self) -> tuple[RowSlice, ...]:
@@ -269,8 +157,9 @@ class Blueprint:
 
     @property
     def topk_shape(self) -> tuple[int, int, int] | None:
-        """(S, k, h) where rows are chosen from a bank, else None."""
-        return self.spec.topk_shape(self.rows)
+        """(S, k, h) where a selection is trained, else None."""
+        spec = self.spec
+        return (self.rows, spec.topk, spec.num_vectors) if isinstance(spec, VBLoRASpec) else None
 
     @property
     def cut_rows(self) -> int:
@@ -335,6 +224,18 @@ class Blueprint:
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError, ConfigError) as error:
             raise ModelError(f"blueprint: not readable ({type(error).__name__}: {error})") from error
+
+
+def _misfits(spec: AdapterSpec, linears: tuple[Linear, ...]) -> Iterator[str]:
+    """Sizes of an adapter that these layers cannot have."""
+    if isinstance(spec, LoRAXSSpec):
+        for lin in linears:
+            if (side := min(lin.in_features, lin.out_features)) < spec.rank:
+                yield f"{lin.name} has {side} singular vectors, rank is {spec.rank}; lower --rank"
+    if isinstance(spec, UniLoRASpec):
+        entries = sum(spec.rank * (lin.in_features + lin.out_features) for lin in linears)
+        if entries < spec.theta_length:
+            yield f"theta-length (d) is {spec.theta_length}, the factors have {entries} entries; lower it"
 
 
 def choose_vector_length(linears: Iterable[Linear]) -> int:

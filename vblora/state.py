@@ -12,9 +12,26 @@ from numpy.typing import NDArray
 
 from vblora import seeded
 from vblora.errors import UpdateError
-from vblora.spec import Blueprint, LoRASpec, VBLoRASpec
+from vblora.spec import (
+    BankOnlySpec,
+    Blueprint,
+    FFALoRASpec,
+    LoRASpec,
+    LoRAXSSpec,
+    UniLoRASpec,
+    VBLoRASpec,
+)
 
-__all__ = ["State", "TopK", "Update", "check_update", "content_faults", "initial_state", "mixture_weights"]
+__all__ = [
+    "State",
+    "TopK",
+    "Update",
+    "check_update",
+    "content_faults",
+    "initial_state",
+    "lora_rows",
+    "mixture_weights",
+]
 
 Floats = NDArray[np.float32]
 
@@ -88,15 +105,8 @@ class Update:
 def initial_state(blueprint: Blueprint) -> State:
     """Version 0, drawn from the seed alone. The server and every client call this instead of sending it."""
     spec = blueprint.spec
-    dense = {}
-    topk = None
-    if isinstance(spec, VBLoRASpec):
-        shape = blueprint.dense_shapes["bank"]
-        count = shape[0] * shape[1]
-        dense["bank"] = seeded.uniform(spec.seed, "bank", 0, count, spec.bank_bound).reshape(shape)
-        topk = _initial_topk(spec, blueprint.rows)
-    else:
-        dense["rows"] = _initial_lora_rows(spec, blueprint)
+    topk = _initial_topk(spec, blueprint.rows) if isinstance(spec, VBLoRASpec) else None
+    dense = _initial_adapter(blueprint)
     if blueprint.head_size:
         dense["head"] = _initial_head(blueprint)
     return State(0, dense, topk)
@@ -169,14 +179,31 @@ def _initial_topk(spec: VBLoRASpec, rows: int) -> TopK:
     return TopK(positions, logits[:, :1] - logits[:, 1:])
 
 
-def _initial_lora_rows(spec: LoRASpec, blueprint: Blueprint) -> Floats:
+def lora_rows(blueprint: Blueprint) -> Floats:
+    """(S, b) rows of LoRA at its start: A uniform with bound 1/sqrt(in), B zero."""
     length = blueprint.vector_length
     rows = np.zeros((blueprint.rows, length), np.float32)
     for part in blueprint.slices:
-        count = (part.middle - part.start) * length
-        drawn = seeded.uniform(spec.seed, "rows", part.start * length, count, part.linear.in_features**-0.5)
+        count, bound = (part.middle - part.start) * length, part.linear.in_features**-0.5
+        drawn = seeded.uniform(blueprint.spec.seed, "rows", part.start * length, count, bound)
         rows[part.start : part.middle] = drawn.reshape(-1, length)
     return rows
+
+
+def _initial_adapter(blueprint: Blueprint) -> dict[str, Floats]:
+    """The dense sections of version 0, without the head."""
+    spec = blueprint.spec
+    ((name, shape),) = spec.dense_shapes(blueprint.linears).items()
+    match spec:
+        case VBLoRASpec() | BankOnlySpec():
+            drawn = seeded.uniform(spec.seed, "bank", 0, shape[0] * shape[1], spec.bank_bound)
+        case LoRASpec():
+            drawn = lora_rows(blueprint)
+        case UniLoRASpec():
+            drawn = seeded.uniform(spec.seed, "theta", 0, spec.theta_length, spec.theta_bound)
+        case FFALoRASpec() | LoRAXSSpec():
+            drawn = np.zeros(shape, np.float32)
+    return {name: drawn.reshape(shape)}
 
 
 def _initial_head(blueprint: Blueprint) -> Floats:

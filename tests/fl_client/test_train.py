@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from fl_client.batches import Batch, Examples, collate, plan_round
 from fl_client.tasks import SUMS, CausalLM, Classification, Task
-from fl_client.train import Job, LocalSettings, Trained, evaluate, train_cohort
-from tests.vblora.tiny import LABELS, LORA, VBLORA, VOCABULARY, adapt, make_base, make_state
+from fl_client.train import RATES, Job, LocalSettings, Trained, evaluate, train_cohort
+from tests.vblora.tiny import KINDS, LABELS, LORA, VBLORA, VOCABULARY, adapt, make_base, make_state
 from vblora.errors import ConfigError, UpdateError
 from vblora.model import AdaptedModel
 from vblora.rows import MixedRows
@@ -141,7 +141,7 @@ def test_a_client_trains_as_a_plain_loop_does():
     (found,) = train_cohort(model, TASKS["bert"], state, [job], SETTINGS, scale=0.5)
 
     tensors = model.load(state)
-    rates = {"rows": SETTINGS.lr_rows, "head": SETTINGS.lr_head}
+    rates = {"rows": RATES["lora"], "head": SETTINGS.lr_head}
     optimiser = torch.optim.AdamW(
         [{"params": [tensor], "lr": rates[name]} for name, tensor in tensors.items()], weight_decay=0.0
     )
@@ -365,7 +365,9 @@ def test_settings_say_what_is_wrong(given, fault):
 
 def test_rates_scale_and_rise():
     settings = LocalSettings(steps=20, warmup=0.25, lr_bank=1.0, lr_logits=2.0, lr_rows=3.0, lr_head=4.0)
-    assert settings.rates(0.5) == {"bank": 0.5, "logits": 1.0, "rows": 1.5, "head": 2.0}
+    found = settings.rates("lora", 0.5)
+    assert found == {"bank": 0.5, "logits": 1.0, "rows": 1.5, "cores": 1.5, "theta": 1.5, "head": 2.0}
+
     assert [settings.rise(step) for step in range(7)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1])
     assert replace(settings, warmup=0.0).rise(0) == 1.0
     assert replace(settings, steps=1, warmup=1.0).rise(0) == 1.0
@@ -400,3 +402,12 @@ def test_fedprox_adds_its_gradient():
     (free,) = train_cohort(model, TASKS["bert"], state, [job], SETTINGS)
     norms = [np.linalg.norm(found.update.dense["rows"]) for found in (held, free)]
     assert norms[0] < 0.5 * norms[1]
+
+
+def test_every_kind_has_a_rate_for_what_it_trains():
+    model = adapt(make_base("bert", layers=1), LORA)
+    for kind, spec in KINDS.items():
+        rates = LocalSettings().rates(kind, 1.0)
+        own = spec.dense_shapes(model.blueprint.linears)
+        assert all(rates[name] > 0 for name in own), kind
+    assert LocalSettings().rates("lora", 1.0)["rows"] == RATES["lora"]

@@ -15,6 +15,7 @@ from simulations.simulate import simulate
 from tests.simulations.conftest import Run, read_history, read_summary, small_config
 from vblora.errors import ConfigError
 from vblora.files import load_state
+from vblora.state import initial_state
 
 FILES = {
     "config.json",
@@ -130,6 +131,32 @@ def test_lora(fedvb: Run, small: list[str], finished: Path, tmp_path: Path):
     both = [read_history(run)[1] for run in (tmp_path / "lora", finished)]
     assert both[0]["examples"] == both[1]["examples"]
     assert both[0]["score"] is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "section", "numbers"),
+    [
+        ("ffa-lora", ["--rank", "2"], "rows", 2 * (9 * 32 + 2 * (64 + 32))),
+        ("lora-xs", ["--rank", "5"], "cores", 13 * 5 * 5),
+        ("uni-lora", ["--theta-length", "700"], "theta", 700),
+        ("bank-only", ["--num-vectors", "40"], "bank", 40 * 32),
+    ],
+)
+def test_the_other_kinds(
+    fedvb: Run, small: list[str], tmp_path: Path, kind: str, options: list[str], section: str, numbers: int
+):
+    """A whole run over the wire that is the default, in cohorts of two; what travels is what is trained."""
+    shown = fedvb("simulate", *small, "--adapter", kind, *options, "--cohort", "2", "--out", "run")
+    assert (shown.code, shown.err) == (0, "")
+    assert files(tmp_path / "run") == FILES
+    summary = read_summary(tmp_path / "run")
+    assert summary["parameters"] == {"trained": numbers + 99, "sent": numbers + 99}
+    state, blueprint = load_state(tmp_path / "run" / "adapter" / "adapter.safetensors")
+    assert blueprint.spec.kind == kind
+    assert (state.dense[section] != initial_state(blueprint).dense[section]).any()
+    history = read_history(tmp_path / "run")
+    assert set(history[1]["bytes"]["up_sections"]) == {section, "head", "frame"}
+    assert history[1]["train_loss"] is not None
 
 
 def test_causal_lm(fedvb: Run, assets: Path, tmp_path: Path):

@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from tests.vblora.tiny import (
     FAMILIES,
+    KINDS,
     LORA,
     VBLORA,
     adapt,
@@ -25,16 +26,27 @@ from tests.vblora.tiny import (
     make_state,
     outputs,
 )
+from vblora import seeded
 from vblora.errors import ModelError
 from vblora.model import AdaptedModel, describe_base, find_head, find_linears
 from vblora.peft_files import dense_logits
-from vblora.spec import Blueprint, HeadTensor, Linear, LoRASpec, VBLoRASpec
-from vblora.state import State, initial_state
+from vblora.spec import (
+    BankOnlySpec,
+    Blueprint,
+    FFALoRASpec,
+    HeadTensor,
+    Linear,
+    LoRASpec,
+    LoRAXSSpec,
+    UniLoRASpec,
+)
+from vblora.state import State, initial_state, lora_rows
+from vblora.weights import dense_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own call
 
 CUT = replace(VBLORA, vector_length=24)  # 32 and 48 leave a row of 8 and none
-SPECS = {"vblora": VBLORA, "cut": CUT, "wide": replace(VBLORA, num_vectors=300, topk=5), "lora": LORA}
+SPECS = {**KINDS, "cut": CUT, "wide": replace(VBLORA, num_vectors=300, topk=5)}
 
 
 def probe(logits: Tensor) -> Tensor:
@@ -75,10 +87,49 @@ def reference_tensors(blueprint: Blueprint, state: State) -> dict[str, Tensor]:
     return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
 
-def reference_weights(base: nn.Module, blueprint: Blueprint, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The base's weights with each low-rank product added, layer by layer, sub-vector by sub-vector."""
-    spec = blueprint.spec
-    weights, row = {}, 0
+def reference_rows(blueprint: Blueprint, tensors: dict[str, Tensor]) -> Tensor:
+    """(S, b) row by row, as each paper writes them; LoRA-XS, which has no such rows, is left out."""
+    spec, length = blueprint.spec, blueprint.vector_length
+    everything = np.arange(blueprint.rows)
+    if isinstance(spec, LoRASpec):
+        return tensors["rows"]
+    if isinstance(spec, FFALoRASpec):
+        rows, of_b = torch.from_numpy(lora_rows(blueprint)), iter(tensors["rows"])
+        b = {row for part in blueprint.slices for row in range(part.middle, part.stop)}
+        return torch.stack([next(of_b) if row in b else rows[row] for row in everything])
+    if isinstance(spec, UniLoRASpec):
+        entries = blueprint.rows * length
+        places = seeded.integers(spec.seed, "places", entries, spec.theta_length)
+        projection = torch.zeros(entries, spec.theta_length, dtype=torch.float64)
+        projection[np.arange(entries), places] = 1
+        projection /= projection.sum(dim=0).clamp(min=1).sqrt()
+        return (projection @ tensors["theta"].double()).float().view(-1, length)
+    if isinstance(spec, BankOnlySpec):
+        order = torch.from_numpy(seeded.order(spec.seed, everything, spec.num_vectors, spec.num_vectors))
+        values = torch.from_numpy(
+            seeded.values(spec.seed, everything, spec.num_vectors, spec.num_vectors, spec.init_std)
+        )
+        logits = torch.empty_like(values).scatter(1, order.long(), values)
+    else:
+        logits = tensors["logits"]
+    best, vectors = logits.topk(spec.topk)
+    return torch.stack([w.softmax(0) @ tensors["bank"][v] for w, v in zip(best, vectors, strict=True)])
+
+
+def reference_changes(base: nn.Module, blueprint: Blueprint, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """What is added to W (out, in), layer by layer."""
+    spec, changes = blueprint.spec, []
+    if isinstance(spec, LoRAXSSpec):
+        for linear, core in zip(blueprint.linears, tensors["cores"], strict=True):
+            layer = base.get_submodule(linear.name)
+            u, s, vh = torch.linalg.svd(dense_weight(layer).double(), full_matrices=False)
+            probe = seeded.uniform(0, "probe", 0, linear.in_features, 1.0)
+            signs = (vh @ torch.from_numpy(probe).double()).sign()
+            u, vh = u * signs, vh * signs.unsqueeze(1)
+            r = spec.rank
+            changes.append((u[:, :r] @ core.double() @ (s[:r].diag() @ vh[:r])).float())
+        return changes
+    rows, row = reference_rows(blueprint, tensors), 0
 
     def factor(side: int) -> Tensor:
         nonlocal row
@@ -86,24 +137,27 @@ def reference_weights(base: nn.Module, blueprint: Blueprint, tensors: dict[str, 
         for _ in range(spec.rank):
             line = torch.empty(0)
             while len(line) < side:
-                if isinstance(spec, VBLoRASpec):
-                    best, vectors = tensors["logits"][row].topk(spec.topk)
-                    piece = best.softmax(0) @ tensors["bank"][vectors]
-                else:
-                    piece = tensors["rows"][row]
-                line, row = torch.cat([line, piece]), row + 1
+                line, row = torch.cat([line, rows[row]]), row + 1
             lines.append(line[:side])
         return torch.stack(lines)
 
-    scaling = spec.alpha / spec.rank if isinstance(spec, LoRASpec) else 1.0
+    scaling = spec.alpha / spec.rank if isinstance(spec, LoRASpec | FFALoRASpec) else 1.0
     for linear in blueprint.linears:
         a, b = factor(linear.in_features), factor(linear.out_features)
-        change = scaling * b.T @ a
+        changes.append(scaling * b.T @ a)
+    assert row == blueprint.rows
+    return changes
+
+
+def reference_weights(base: nn.Module, blueprint: Blueprint, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base's weights with each low-rank product added."""
+    weights = {}
+    changes = reference_changes(base, blueprint, tensors)
+    for linear, change in zip(blueprint.linears, changes, strict=True):
         layer = base.get_submodule(linear.name)
         weights[f"{linear.name}.weight"] = layer.weight + (
             change if isinstance(layer, nn.Linear) else change.T
         )
-    assert row == blueprint.rows
     start = 0
     for tensor in blueprint.head:
         weights[tensor.name] = tensors["head"][start : start + tensor.size].view(tensor.shape)
@@ -234,6 +288,72 @@ def test_parity_with_lora_of_peft(family):
         torch.testing.assert_close(mine, both, rtol=1e-4, atol=1e-5 * float(both.abs().max()))
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_parity_with_lora_of_peft_whose_a_is_frozen(family):
+    base = make_base(family)
+    model = adapt(base, KINDS["ffa-lora"])
+    state, inputs = make_state(model.blueprint), make_inputs(4)
+    found, gradients = trained(model, state, inputs)
+
+    rows = lora_rows(model.blueprint)
+    of_b = np.concatenate([np.arange(part.middle, part.stop) for part in model.blueprint.slices])
+    rows[of_b] = state.dense["rows"]
+    theirs = peft_lora(base, model.blueprint, State(0, {**state.dense, "rows": rows}))
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    logits = outputs(theirs, inputs)
+    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
+    probe(logits).backward()
+    length = model.blueprint.vector_length
+    own = dict(theirs.named_parameters())
+    expected = torch.cat(
+        [
+            own[f"base_model.model.{linear.name}.lora_B.default.weight"].grad.T.reshape(-1, length)
+            for linear in model.blueprint.linears
+        ]
+    )
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(gradients["rows"], expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_parity_with_unilora_of_peft(family):
+    base = make_base(family)
+    model = adapt(base, KINDS["uni-lora"])
+    blueprint, spec = model.blueprint, model.blueprint.spec
+    state, inputs = make_state(blueprint), make_inputs(4)
+    found, gradients = trained(model, state, inputs)
+
+    config = peft.UniLoraConfig(
+        r=spec.rank,
+        theta_d_length=spec.theta_length,
+        target_modules=[linear.name for linear in blueprint.linears],
+        fan_in_fan_out=family == "gpt2",
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    length = blueprint.vector_length
+    places = torch.from_numpy(
+        seeded.integers(spec.seed, "places", blueprint.rows * length, spec.theta_length)
+    ).view(-1, length)
+    scales = torch.bincount(places.flatten(), minlength=spec.theta_length).clamp(min=1).rsqrt()
+    with torch.no_grad():
+        theirs.base_model.unilora_theta_d["default"].copy_(torch.from_numpy(state.dense["theta"]))
+    for part in blueprint.slices:
+        layer = theirs.base_model.model.get_submodule(part.linear.name)
+        a = places[part.start : part.middle].reshape(spec.rank, -1).long()
+        b = places[part.middle : part.stop].reshape(spec.rank, -1).T.contiguous().long()
+        layer.unilora_indices_A["default"], layer.unilora_indices_B["default"] = a, b
+        layer.update_scaling("default", scales[a], scales[b])
+    _copy_head(theirs.base_model.model, blueprint, state)
+    logits = outputs(theirs, inputs)
+    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
+    probe(logits).backward()
+    expected = theirs.base_model.unilora_theta_d["default"].grad
+    torch.testing.assert_close(
+        gradients["theta"], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+    )
+
+
 def test_training_is_that_of_vblora_of_peft():
     """Twenty AdamW steps of the two, each with its own optimiser and its own logits, in float64."""
     base = make_base("bert", layers=1).double()
@@ -266,8 +386,14 @@ def test_training_is_that_of_vblora_of_peft():
 # ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [CUT, LORA], ids=["vblora", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "spec"),
+    [
+        *((family, spec) for family in FAMILIES for spec in (CUT, LORA)),
+        *(("bert", KINDS[kind]) for kind in ("ffa-lora", "lora-xs", "uni-lora", "bank-only")),
+    ],
+    ids=lambda value: getattr(value, "kind", value),
+)
 def test_a_cohort_gives_what_each_client_gets_alone(family, spec):
     clients, each = 3, 2
     model = adapt(make_base(family), spec)

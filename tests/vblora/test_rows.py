@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.vblora.dense import seeded_table, start_logits
 from tests.vblora.tiny import LORA, VBLORA, make_state
 from vblora.errors import ModelError
-from vblora.rows import FreeRows, MixedRows, mix, row_source
+from vblora.rows import MixedRows, mix
 from vblora.spec import Blueprint, HeadTensor, Linear, LoRASpec, VBLoRASpec
 from vblora.state import State, initial_state
 
@@ -216,21 +216,10 @@ def test_a_gpu_selects_grows_and_mixes_as_a_cpu_does():
         assert one.same_rows(other).all()
 
 
-def test_free_rows_are_the_tensor_itself():
-    state = make_state(blueprint(LORA))
-    source = row_source(blueprint(LORA), CPU)
-    assert isinstance(source, FreeRows)
-    tensors = source.load(state, 2)
-    assert source.rows(tensors) is tensors["rows"]
-    assert (tensors["rows"].detach().numpy() == state.dense["rows"]).all()
-    assert source.growth() == {}
-    assert source.selections(tensors) == [None, None]
-
-
 def test_loaded_tensors_share_nothing():
     state = make_state(blueprint(VBLORA))
     kept = state.dense["bank"].copy()
-    tensors = row_source(blueprint(VBLORA), CPU).load(state, 2)
+    tensors = MixedRows(blueprint(VBLORA), CPU).load(state, 2)
     with torch.no_grad():
         tensors["bank"][0] += 1
     assert (tensors["bank"][1].detach().numpy() == kept).all()

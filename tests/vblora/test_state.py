@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,17 @@ from hypothesis import strategies as st
 
 from vblora import seeded
 from vblora.errors import UpdateError
-from vblora.spec import Blueprint, HeadTensor, Linear, LoRASpec, VBLoRASpec
+from vblora.spec import (
+    BankOnlySpec,
+    Blueprint,
+    FFALoRASpec,
+    HeadTensor,
+    Linear,
+    LoRASpec,
+    LoRAXSSpec,
+    UniLoRASpec,
+    VBLoRASpec,
+)
 from vblora.state import State, TopK, Update, check_update, initial_state, mixture_weights
 
 LINEARS = (Linear("a", 8, 12), Linear("b", 20, 8))
@@ -71,7 +82,23 @@ def test_states_of_two_seeds_differ_everywhere():
     assert not (one.topk.gaps == two.topk.gaps).all(axis=1).any()
 
 
-@pytest.mark.parametrize("blueprint", [VBLORA, LORA], ids=["vblora", "lora"])
+def test_uni_lora_starts_even_and_lora_xs_and_ffa_lora_at_the_base():
+    theta = initial_state(replace(LORA, spec=UniLoRASpec(rank=2, theta_length=90, seed=5))).dense["theta"]
+    assert 0.018 < np.abs(theta).max() < 0.02
+    for spec in (FFALoRASpec(rank=2), LoRAXSSpec(rank=2)):
+        ((name, _),) = spec.dense_shapes(LINEARS).items()
+        assert not initial_state(replace(LORA, spec=spec)).dense[name].any()
+
+
+ALL = {spec.kind: replace(LORA, spec=spec(rank=2)) for spec in (FFALoRASpec, LoRAXSSpec)} | {
+    "vblora": VBLORA,
+    "lora": LORA,
+    "uni-lora": replace(LORA, spec=UniLoRASpec(rank=2, theta_length=90)),
+    "bank-only": replace(LORA, spec=BankOnlySpec(rank=2, num_vectors=16, vector_length=4)),
+}
+
+
+@pytest.mark.parametrize("blueprint", ALL.values(), ids=ALL)
 def test_a_state_is_float32_of_the_declared_shapes(blueprint):
     state = initial_state(blueprint)
     assert {name: array.shape for name, array in state.dense.items()} == blueprint.dense_shapes
@@ -112,6 +139,9 @@ def test_golden_digests():
     """Of version 0, that is of everything drawn from the seed."""
     assert initial_state(VBLORA).digest.hex() == "51fce8b4dd5e7400813d6525dc5fa6ac"
     assert initial_state(LORA).digest.hex() == "9dba4417b5326d8c43eaa6f0b7cba633"
+    assert initial_state(ALL["uni-lora"]).digest.hex() == "0c8819d88ab00a6fd405b972ad947cc4"
+    places = seeded.integers(5, "places", 1000, 90)
+    assert hashlib.sha256(places.astype("<i4").tobytes()).hexdigest()[:16] == "bf5d18857bdea30b"
 
 
 # --- Weights -------------------------------------------------------------------------

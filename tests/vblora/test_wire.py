@@ -25,7 +25,15 @@ from tests.vblora.make_golden import (
 from vblora.errors import UnknownStateError, WireError
 from vblora.frame import FORMAT, HEADER, Encoding, Kind, read_blob, section_bytes
 from vblora.rounding import WIRES, WireSettings, round_state, round_update
-from vblora.spec import AdapterSpec, Blueprint, LoRASpec, VBLoRASpec
+from vblora.spec import (
+    AdapterSpec,
+    Blueprint,
+    FFALoRASpec,
+    LoRASpec,
+    LoRAXSSpec,
+    UniLoRASpec,
+    VBLoRASpec,
+)
 from vblora.state import State, TopK, Update, check_update, initial_state
 from vblora.wire import decode_state, decode_update, encode_state, encode_update, initial
 
@@ -60,8 +68,11 @@ def sealed(body: bytes) -> bytes:
 
 @st.composite
 def specs(draw: st.DrawFn) -> AdapterSpec:
+    others: list[type[AdapterSpec]] = [LoRASpec, FFALoRASpec, LoRAXSSpec]
     if draw(st.booleans()):
-        return LoRASpec(rank=draw(st.integers(1, 4)))
+        return draw(st.sampled_from(others))(rank=draw(st.integers(1, 4)))
+    if draw(st.booleans()):
+        return UniLoRASpec(rank=2, theta_length=draw(st.integers(1, 48)))
     k = draw(st.integers(1, 5))
     return VBLoRASpec(
         rank=2, num_vectors=draw(st.integers(k, 70)), vector_length=draw(st.integers(1, 9)), topk=k

@@ -23,7 +23,16 @@ from transformers import (
 )
 
 from vblora.model import AdaptedModel, describe_base, find_head, find_linears
-from vblora.spec import AdapterSpec, Blueprint, LoRASpec, VBLoRASpec
+from vblora.spec import (
+    AdapterSpec,
+    BankOnlySpec,
+    Blueprint,
+    FFALoRASpec,
+    LoRASpec,
+    LoRAXSSpec,
+    UniLoRASpec,
+    VBLoRASpec,
+)
 from vblora.state import State, TopK, initial_state
 
 VOCABULARY = 96
@@ -52,6 +61,14 @@ FAMILIES: dict[str, Callable[[int], nn.Module]] = {
 # b = 16 divides every side of all families; 24 cuts rows.
 VBLORA = VBLoRASpec(rank=3, num_vectors=40, vector_length=16, topk=2, seed=7)
 LORA = LoRASpec(rank=3, alpha=5.0, seed=7)
+KINDS: dict[str, AdapterSpec] = {
+    "vblora": VBLORA,
+    "lora": LORA,
+    "ffa-lora": FFALoRASpec(rank=3, alpha=5.0, seed=7),
+    "lora-xs": LoRAXSSpec(rank=3, seed=7),
+    "uni-lora": UniLoRASpec(rank=3, theta_length=40, seed=7),
+    "bank-only": BankOnlySpec(rank=3, num_vectors=40, vector_length=16, topk=2, seed=7),
+}
 
 
 def make_base(family: str, seed: int = 0, layers: int = 2) -> nn.Module:
