@@ -1,0 +1,147 @@
+"""The options of a run on the command line, declared once: every command that starts runs takes them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:  # it needs torch, which takes seconds to import
+    from simulations.config import Config
+
+__all__ = ["RUN_OPTIONS", "config_of", "run_options"]
+
+Command = Callable[..., None]
+
+# By panel: key of the config, default, help. A default of None is chosen from the model, 0 in a config.
+RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
+    "Data": {
+        "model": ("minilm", "Base model: minilm (the demo's), a hub id, or a local folder."),
+        "data": (
+            "docstrings",
+            "docstrings (text of this machine's Python libraries), a csv/tsv/json/jsonl/parquet file, "
+            "a folder with train/dev/test files, or a hub data set id.",
+        ),
+        "task": ("auto", "classification, causal-lm, or auto: what the columns suggest."),
+        "text-column": ("", "Column of the text, if not a usual name."),
+        "label-column": ("", "Column of the label, if not a usual name."),
+        "labels": ("", "All classes by comma, where the data lacks some."),
+        "eval-split": ("", "Held-out files to score on: dev, test, dev+test."),
+        "max-examples": (0, "Training texts at most; 0 is all, or 4,000 docstrings."),
+        "max-length": (128, "Tokens of a text at most."),
+        "partition": (
+            "auto",
+            "How texts are dealt: iid, dirichlet:ALPHA (less is more skewed), by:COLUMN; "
+            "auto is dirichlet:0.5 where there are labels, else iid.",
+        ),
+    },
+    "Federation": {
+        "clients": (10, "Virtual clients."),
+        "clients-per-round": (5, "Drawn each round."),
+        "rounds": (10, "Rounds of training."),
+        "eval-every": (1, "Rounds between evaluations."),
+        "eval-examples": (0, "Held-out texts to score on at most; 0 is all."),
+        "dropout": (0.0, "Chance that a drawn client never answers."),
+        "stragglers": (0.0, "Chance that one is stopped early."),
+    },
+    "Adapter": {
+        "adapter": ("vblora", "vblora, lora, ffa-lora, lora-xs, uni-lora or bank-only."),
+        "rank": (None, "r; else 4, 8 (lora, ffa-lora) or 16 (lora-xs)."),
+        "num-vectors": (None, "h, vectors in the bank; else by model size."),
+        "vector-length": (None, "b, length of a vector; else one that divides."),
+        "topk": (2, "k, vectors mixed into a row."),
+        "target-modules": ("all-linear", "all-linear, or layer names such as query,value."),
+        "alpha": (0.0, "Of lora and ffa-lora; 0 is twice the rank."),
+        "theta-length": (None, "d, numbers that uni-lora trains; else by model size."),
+    },
+    "Training": {
+        "local-steps": (10, "Steps of a client in a round."),
+        "batch-size": (16, "Texts a step."),
+        "lr-bank": (8e-3, "Learning rate of the bank."),
+        "lr-logits": (1e-2, "Learning rate of the logits."),
+        "lr-rows": (0.0, "Learning rate of the kinds without a bank; 0 is the kind's own."),
+        "lr-head": (1e-2, "Learning rate of the head."),
+        "warmup": (0.25, "Share of a client's steps to warm up over."),
+        "clip-norm": (0.0, "Largest gradient norm; 0 is off."),
+        "prox": (0.0, "FedProx: pull of a client to the shared state."),
+        "logits-every": (1, "Rounds from one that trains logits to the next; others train the bank alone."),
+        "logit-mean": ("weights", "What is averaged of the selections: mixture weights, or logits."),
+        "server-optimizer": ("mean", "What the server makes of a round's mean change: mean, momentum, adam."),
+        "server-rate": (1.0, "Scale of the server's step."),
+        "server-decay": (0.9, "Of what momentum and adam remember of earlier rounds."),
+        "clip-updates": (0.0, "Times the round's median that an update may reach; 0 is off."),
+        "schedule": ("cosine", "Rates over rounds: cosine, root or constant."),
+        "warmup-rounds": (0, "Rounds of warm-up."),
+    },
+    "Wire": {
+        "wire": (
+            "default",
+            "How messages are rounded: lossless, default or smallest; the options below replace parts, "
+            "and 0 or auto leaves a part as it is.",
+        ),
+        "wire-up-bits": (0.0, "Bits of a number going up: 0.5 to 12, 16 (bfloat16), 32 (float32)."),
+        "wire-head-bits": (0.0, "The same, of the task head."),
+        "wire-down-bits": (0.0, "Bits of a number's change going down: 0.5 to 12, or 32."),
+        "wire-keep": (0.0, "Share of the largest numbers that go up."),
+        "wire-feedback": ("auto", "Clients add what rounding dropped to their next update: on, off, auto."),
+        "wire-stochastic": ("auto", "Clients round up or down by chance: on, off, auto."),
+    },
+    "Run": {
+        "seed": (0, "Of everything drawn at random."),
+        "device": ("auto", "auto, cpu, cuda, cuda:1, ..."),
+        "dtype": ("auto", "Of the base: auto, float32, bfloat16, float16."),
+        "cohort": (0, "Clients trained in one forward; 0 chooses."),
+        "workers": (0, "Processes; 0 is one a GPU."),
+    },
+}
+LEAST = {
+    "rank": 1,
+    "num-vectors": 1,
+    "vector-length": 1,
+    "theta-length": 1,
+    "workers": 0,
+}  # told apart by the parser
+
+
+def run_options(*, without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Give a command the options of a run, in place of its `**given`; they come right after its context.
+
+    Args:
+        without: keys that it has no use for.
+    """
+    shared = [
+        _parameter(key, default, text, panel)
+        for panel, options in RUN_OPTIONS.items()
+        for key, (default, text) in options.items()
+        if key not in without
+    ]
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        context, *own = (part for part in signature.parameters.values() if part.kind is not part.VAR_KEYWORD)
+        named = [part.replace(kind=part.KEYWORD_ONLY) for part in own]
+        whole = signature.replace(parameters=[context, *shared, *named])
+        command.__signature__ = whole  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def config_of(given: Mapping[str, Any]) -> Config:
+    """Options as keys of a config; what is to be chosen is left out."""
+    return {name.replace("_", "-"): value for name, value in given.items() if value is not None}
+
+
+def _parameter(key: str, default: Any, text: str, panel: str) -> inspect.Parameter:
+    option: Any = typer.Option(help=text, rich_help_panel=panel)
+    if key in LEAST:
+        option = typer.Option(help=text, rich_help_panel=panel, min=LEAST[key], metavar="INTEGER")
+    kind: Any = int | None if default is None else type(default)
+    return inspect.Parameter(
+        key.replace("-", "_"),
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, option],
+    )
