@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from simulations.report import size
+from simulations.units import size
 
 __all__ = ["Memory", "Pace", "rate", "resident"]
 

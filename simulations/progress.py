@@ -13,7 +13,7 @@ from fl_server.handshake import Roster, Task
 from fl_server.history import Record
 from fl_server.settings import ServerSettings
 from simulations.meters import Memory, Pace, rate
-from simulations.report import size
+from simulations.units import size
 
 __all__ = ["Display"]
 

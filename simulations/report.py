@@ -10,7 +10,9 @@ from rich.box import ROUNDED
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["size", "summary_table"]
+from simulations.units import size
+
+__all__ = ["summary_table"]
 
 
 def summary_table(summary: dict[str, Any], run: Path, more: Mapping[str, str] | None = None) -> Table:
@@ -42,15 +44,6 @@ def summary_table(summary: dict[str, Any], run: Path, more: Mapping[str, str] | 
     for name, value in rows.items():
         table.add_row(name, Text(value))
     return table
-
-
-def size(count: float) -> str:
-    """Bytes for people: 1 kB is 1,000 bytes."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def _short(name: str) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from simulations.report import size, summary_table
+from simulations.report import summary_table
+from simulations.units import size
 from tests.simulations.conftest import read_summary
 
 

@@ -1,0 +1,23 @@
+"""Quantities as people read them."""
+
+from __future__ import annotations
+
+__all__ = ["duration", "size"]
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1 kB is 1,000 bytes."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Time for people: seconds below two minutes, minutes below two hours, then hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
