@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vblora.rounding import GRID, from_grid
+from vblora.rounding import GRID, WireSettings, from_grid, round_state, round_update
 from vblora.selection import GAP_STEP, gap_codes
 from vblora.spec import Blueprint
 from vblora.state import State, TopK, Update
-from vblora.wire import initial
+from vblora.wire import encode_state, encode_update, initial
 
-__all__ = ["PHASES", "Rows", "recorded", "replayed_reference", "replayed_update"]
+__all__ = ["PHASES", "Rows", "recorded", "replayed_reference", "replayed_update", "write_message"]
 
 PHASES = ("first", "steady", "down")
 Floats = NDArray[np.float32]
@@ -97,6 +97,19 @@ def replayed_update(blueprint: Blueprint, phase: str, seed: int = 0) -> tuple[St
         gaps = np.where(stayed, np.maximum(topk.gaps + moved, 0), rows.gaps[at, None])
         topk = TopK(chosen, gaps.astype(np.float32))
     return reference, Update(reference.version, reference.digest, 320, dense, topk)
+
+
+def write_message(
+    blueprint: Blueprint, phase: str, reference: State, exact: Update, wire: WireSettings
+) -> bytes:
+    """Round a replayed update and write it as it is sent; of "down", the state that it leads to."""
+    if phase == "down":
+        dense = {name: array + exact.dense[name] for name, array in reference.dense.items()}
+        wanted = State(reference.version + 1, dense, exact.topk)
+        state, _ = round_state(wanted, reference, initial(blueprint), wire, {})
+        return encode_state(state, blueprint, reference)
+    rounded, _ = round_update(exact, reference, wire, {}, np.random.default_rng(0))
+    return encode_update(rounded, blueprint, reference)
 
 
 def _row_numbers(rows: Rows, count: int, seed: int) -> NDArray[np.int64]:

@@ -31,16 +31,16 @@ from fl_server.settings import ServerSettings
 from simulations.bench.learning import read_study, texts_file
 from simulations.bench.tables import print_table
 from simulations.direct import DirectExchange
-from simulations.replay import PHASES, replayed_update
+from simulations.replay import PHASES, replayed_update, write_message
 from vblora.entropy import entropy_bits
 from vblora.files import write_atomic
 from vblora.frame import section_bytes
 from vblora.packing import index_bits, pack_integers
-from vblora.rounding import WIRES, WireSettings, round_state, round_update
+from vblora.rounding import WIRES, WireSettings, round_update
 from vblora.selection import encode_selection
 from vblora.spec import Blueprint, HeadTensor, Linear, LoRASpec, VBLoRASpec
 from vblora.state import State, TopK, Update
-from vblora.wire import decode_state, decode_update, encode_state, encode_update, initial
+from vblora.wire import decode_state, decode_update, initial
 
 __all__ = ["SHAPES", "measure", "record", "run", "shape_blueprint"]
 
@@ -78,14 +78,11 @@ def measure(name: str, wire: WireSettings) -> dict[str, Any]:
     for phase in PHASES:
         reference, exact = replayed_update(blueprint, phase)
         started = time.perf_counter()
+        blob = write_message(blueprint, phase, reference, exact, wire)
         if phase == "down":
-            blob, entropy = _state_blob(blueprint, reference, exact, wire)
             decode_state(blob, blueprint, {reference.digest: reference})
         else:
-            rounded, _ = round_update(exact, reference, wire, {}, np.random.default_rng(0))
-            blob = encode_update(rounded, blueprint, reference)
             decode_update(blob, blueprint, reference)
-            entropy = _entropy(rounded)
         seconds = time.perf_counter() - started
         sections = section_bytes(blob)
         head = sections.pop("head", 0)
@@ -94,7 +91,7 @@ def measure(name: str, wire: WireSettings) -> dict[str, Any]:
             "head": head,
             "sections": sections,
             "seconds": seconds,
-            "bank_entropy_bytes": entropy,
+            "bank_entropy_bytes": 0.0 if phase == "down" else _entropy(exact, reference, wire),
         }
     return found
 
@@ -246,17 +243,9 @@ class _Tap:
         write_atomic(target, buffer.getvalue())
 
 
-def _state_blob(
-    blueprint: Blueprint, reference: State, way: Update, wire: WireSettings
-) -> tuple[bytes, float]:
-    dense = {name: array + way.dense[name] for name, array in reference.dense.items()}
-    exact = State(reference.version + 1, dense, way.topk)
-    state, _ = round_state(exact, reference, initial(blueprint), wire, {})
-    return encode_state(state, blueprint, reference), 0.0
-
-
-def _entropy(update: Update) -> float:
+def _entropy(exact: Update, reference: State, wire: WireSettings) -> float:
     """Bytes that the bank's steps take at least; 0 where it is not on steps."""
+    update, _ = round_update(exact, reference, wire, {}, np.random.default_rng(0))
     step = update.steps.get("bank", 0.0)
     return entropy_bits(np.rint(update.dense["bank"] / step).astype(np.int64)) / 8 if step else 0.0
 
