@@ -13,8 +13,8 @@ import typer
 from click.core import ParameterSource
 from rich.console import Console
 
+from simulations import operate, weigh
 from simulations.bench.commands import app as bench_app
-from simulations.operate import add_commands
 from simulations.options import config_of, run_options
 from vblora.errors import ConfigError, FedVBError
 
@@ -34,7 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
-add_commands(app)
+operate.add_commands(app)
+weigh.add_commands(app)
 console = Console(stderr=False)
 
 

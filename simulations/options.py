@@ -105,17 +105,20 @@ LEAST = {
 }  # told apart by the parser
 
 
-def run_options(*, without: Collection[str] = ()) -> Callable[[Command], Command]:
+def run_options(
+    panels: Collection[str] = tuple(RUN_OPTIONS), *, without: Collection[str] = ()
+) -> Callable[[Command], Command]:
     """Give a command the options of a run, in place of its `**given`; they come right after its context.
 
     Args:
+        panels: of the options that it takes.
         without: keys that it has no use for.
     """
     shared = [
         _parameter(key, default, text, panel)
         for panel, options in RUN_OPTIONS.items()
         for key, (default, text) in options.items()
-        if key not in without
+        if panel in panels and key not in without
     ]
 
     def decorate(command: Command) -> Command:

@@ -9,6 +9,7 @@ vectors move. `python -m simulations.bench.wire --record` makes the file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -119,13 +120,16 @@ def _row_numbers(rows: Rows, count: int, seed: int) -> NDArray[np.int64]:
 
 def _drawn(rows: Rows, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Floats:
     """Changes of a section: recorded vectors, cut or joined to the length of its rows."""
-    if name == "head" or len(shape) == 1:
+    length, count = rows.bank.shape[1], math.prod(shape)
+    if name == "head":
         source = rows.head if len(rows.head) else rows.bank.reshape(-1)
         return source[rng.integers(len(source), size=shape)]
-    pieces = -(-shape[1] // rows.bank.shape[1])
-    at = np.repeat(rng.integers(len(rows.bank), size=shape[0]), pieces).reshape(shape[0], pieces)
-    order = rng.permutation(rows.bank.shape[1])
-    return rows.bank[at][:, :, order].reshape(shape[0], -1)[:, : shape[1]].copy()
+    lines, width = (shape[0], count // shape[0]) if len(shape) > 1 else (-(-count // length), length)
+    pieces = -(-width // length)
+    at = np.repeat(rng.integers(len(rows.bank), size=lines), pieces).reshape(lines, pieces)
+    order = rng.permutation(length)
+    drawn = rows.bank[at][:, :, order].reshape(lines, -1)[:, :width]
+    return drawn.reshape(-1)[:count].reshape(shape).copy()
 
 
 def _within(places: NDArray[np.int32], blueprint: Blueprint) -> NDArray[np.int32]:

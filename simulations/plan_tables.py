@@ -1,0 +1,150 @@
+"""A plan as people and programs read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.box import ROUNDED, SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from simulations.paper import PUBLISHED, Count, count_published
+from simulations.plan import AdapterPlan, Federation, Plan
+from simulations.units import duration, size
+
+__all__ = ["as_json", "paper_table", "plan_table"]
+
+Show = Callable[[AdapterPlan], str]
+
+
+def as_json(plan: Plan, federation: Federation) -> dict[str, Any]:
+    """A plan as `--json` prints it. Bytes of `up_` and `down_` leave the task head out."""
+    return {
+        "model": plan.model,
+        "parameters": plan.parameters,
+        "base_bytes": plan.base_bytes,
+        "classes": plan.classes,
+        "clients": federation.clients,
+        "rounds": federation.rounds,
+        "link_bits_per_second": federation.bits_per_second,
+        "adapters": {
+            name: {
+                **asdict(adapter),
+                "spec": {"kind": adapter.spec.kind, **asdict(adapter.spec)},
+                "client_bytes": adapter.client_bytes(federation.rounds),
+                "total_bytes": federation.clients * adapter.client_bytes(federation.rounds),
+                "hours_on_link": adapter.hours(federation),
+            }
+            for name, adapter in plan.adapters.items()
+        },
+    }
+
+
+def plan_table(console: Console, plan: Plan, federation: Federation) -> None:
+    """Print a plan, one column an adapter, and what its figures stand for."""
+    table = Table(box=ROUNDED, title=f"{plan.model}, {plan.parameters:,} parameters", title_justify="left")
+    table.add_column("")
+    for name in plan.adapters:
+        table.add_column(Text(name), justify="right")
+    for heading, show in _lines(plan, federation).items():
+        table.add_row(heading, *(show(adapter) for adapter in plan.adapters.values()))
+    console.print(table)
+    for note in _notes(plan):
+        console.print(note, markup=False, highlight=False)
+    if counts := [count_published(entry) for entry in PUBLISHED if entry.model == plan.model.lower()]:
+        _print_counts(console, counts)
+
+
+def paper_table(console: Console) -> None:
+    """Print every setting that the paper publishes, counted again."""
+    _print_counts(console, [count_published(entry) for entry in PUBLISHED])
+
+
+def _lines(plan: Plan, federation: Federation) -> Mapping[str, Show]:
+    rounds, clients = federation.rounds, federation.clients
+    lines: dict[str, Show] = {
+        "sizes": _sizes,
+        "rows S": lambda one: f"{one.rows:,}",
+        "numbers trained": lambda one: f"{one.trained:,}",
+        "numbers of a state": lambda one: f"{one.stored:,}",
+        "up, round 1": lambda one: size(one.up_bytes_first),
+        "up, last third of the rounds": lambda one: size(one.up_bytes_steady),
+        "down": lambda one: size(one.down_bytes),
+        "up in float32": lambda one: size(one.float32_bytes),
+    }
+    if any(one.head for one in plan.adapters.values()):
+        lines[f"head of {plan.classes} classes, numbers"] = lambda one: f"{one.head:,}"
+        lines["   up, down"] = lambda one: f"{size(one.head_up_bytes)}, {size(one.head_down_bytes)}"
+    lines |= {
+        f"a client, {rounds:,} rounds": lambda one: size(one.client_bytes(rounds)),
+        f"   on {_speed(federation.bits_per_second)}": lambda one: duration(3600 * one.hours(federation)),
+        f"{clients:,} clients": lambda one: size(clients * one.client_bytes(rounds)),
+        "memory to train": lambda one: size(one.training_bytes),
+    }
+    return lines
+
+
+def _sizes(one: AdapterPlan) -> str:
+    spec = asdict(one.spec)
+    shown = {"rank": "r", "num_vectors": "h", "vector_length": "b", "topk": "k"}
+    return ", ".join(f"{short} {spec[name]}" for name, short in shown.items() if name in spec)
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = [
+        "Messages are encoded, their numbers drawn from a recorded run; the head counts apart.",
+        f"Memory to train: values, gradients, moments. Beside it the base, {size(plan.base_bytes)} in "
+        "bfloat16, and activations.",
+    ]
+    if ratio := _against_lora(plan):
+        notes.insert(0, ratio)
+    for name, one in plan.adapters.items():
+        if one.encoded_share < 1:
+            notes.append(f"{name}: encoded for {one.encoded_share:.1%} of its factors and scaled up.")
+    return notes
+
+
+def _against_lora(plan: Plan) -> str:
+    """The smallest uplink against the largest LoRA in float32."""
+    loras = {name: one for name, one in plan.adapters.items() if one.spec.kind == "lora"}
+    if not loras:
+        return ""
+    largest = max(loras, key=lambda name: loras[name].float32_bytes)
+    least = min(plan.adapters, key=lambda name: plan.adapters[name].up_bytes_first)
+    ratio = loras[largest].float32_bytes / plan.adapters[least].up_bytes_first
+    return f"{least} sends 1/{ratio:,.0f} of {largest} in float32 in round 1."
+
+
+def _print_counts(console: Console, counts: list[Count]) -> None:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("model, layers", "r, h", "rows S", "paper", "hb + 1.5 S", "counted", "paper fits"):
+        table.add_column(heading, justify="left" if heading == "model, layers" else "right", no_wrap=True)
+    for count in counts:
+        told = count.published
+        table.add_row(
+            f"{told.model} {'q,v' if told.targets == 'query,value' else 'all'}",
+            f"{told.rank}, {told.num_vectors}",
+            f"{count.rows:,}",
+            f"{told.millions}M",
+            f"{count.stated:,}",
+            f"{count.counted:,}",
+            "counted" if count.agrees else "?" if count.fits is None else f"{count.fits:g} S",
+        )
+    console.print("Numbers stored in the VB-LoRA paper's settings (b 256, k 2; no task head):")
+    console.print(table)
+    for note in (
+        "hb + 1.5 S: the paper's formula, in float32 numbers, stated for h up to 256: indices of one byte.",
+        "counted: the same with indices of two bytes above that.",
+        "paper fits: what the printed figure says in place of 1.5 S, where it is not the one counted.",
+    ):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _speed(bits: float) -> str:
+    for unit, factor in (("Gbit/s", 1e9), ("Mbit/s", 1e6), ("kbit/s", 1e3)):
+        if bits >= factor:
+            return f"{bits / factor:g} {unit}"
+    return f"{bits:g} bit/s"

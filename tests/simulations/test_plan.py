@@ -1,0 +1,178 @@
+"""Plans: counts and bytes of adapters that nobody trained, and the paper's own counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from simulations.adapters import parse_adapters
+from simulations.paper import PUBLISHED, count_published
+from simulations.plan import Federation, plan_adapters
+from tests.simulations.conftest import Run
+from vblora.errors import ConfigError
+
+KEYS = {"rows", "trained", "stored", "up_bytes_first", "up_bytes_steady", "down_bytes"}
+
+
+def test_the_uplink_of_a_13b_model_is_a_thousandth_of_loras():
+    plan = plan_adapters("llama-2-13b", None, parse_adapters("vblora,vblora:6,lora:64"), {})
+    lora = plan.adapters["lora:64"]
+    assert (lora.trained, lora.stored) == (250_347_520, 250_347_520)
+    assert lora.float32_bytes == pytest.approx(4 * lora.stored, rel=1e-4)
+    assert 0 < lora.encoded_share < 0.1
+    for name, rows in (("vblora", 61_120), ("vblora:6", 91_680)):
+        vblora = plan.adapters[name]
+        assert vblora.rows == rows
+        assert vblora.trained == 524_288 + 2048 * rows
+        assert vblora.encoded_share == 1
+        assert 1800 * max(vblora.up_bytes_first, vblora.up_bytes_steady) <= lora.float32_bytes
+        assert vblora.training_bytes < 130e6
+
+
+def test_a_part_of_the_layers_weighs_as_much_as_all(monkeypatch: pytest.MonkeyPatch):
+    """What is scaled up from a part comes within two percent of what is encoded whole."""
+    from simulations import plan
+
+    adapters = parse_adapters("lora:8")
+    whole = plan_adapters("roberta-base", 2, adapters, {}).adapters["lora:8"]
+    monkeypatch.setattr(plan, "WHOLE", 1 << 18)
+    part = plan_adapters("roberta-base", 2, adapters, {}).adapters["lora:8"]
+    assert whole.encoded_share == 1
+    assert part.encoded_share < 0.25
+    for name in ("up_bytes_first", "up_bytes_steady", "down_bytes", "float32_bytes"):
+        assert getattr(part, name) == pytest.approx(getattr(whole, name), rel=0.02)
+    assert part.head_up_bytes == pytest.approx(whole.head_up_bytes, rel=0.01)
+
+
+def test_the_same_sizes_as_a_run_of_that_model(finished: Path, tiny_bert: Path):
+    summary = json.loads((finished / "summary.json").read_text())
+    one = plan_adapters(str(tiny_bert), 3, parse_adapters("vblora"), {}).adapters["vblora"]
+    assert one.trained + one.head == summary["parameters"]["trained"]
+    assert one.stored + one.head == summary["parameters"]["sent"]
+
+
+def test_a_client_sends_and_receives_in_every_round():
+    one = plan_adapters("gpt2", None, parse_adapters("vblora"), {}).adapters["vblora"]
+    assert one.client_bytes(1) == one.up_bytes_first + one.down_bytes
+    assert one.client_bytes(3) == one.up_bytes_first + 2 * one.up_bytes_steady + 3 * one.down_bytes
+    slow, fast = (Federation(1, 3, link) for link in ("8kbit", "8 Mbit/s"))
+    assert one.hours(slow) == pytest.approx(one.client_bytes(3) / 1000 / 3600)
+    assert one.hours(slow) == pytest.approx(1000 * one.hours(fast))
+
+
+@pytest.mark.parametrize(
+    ("link", "bits"),
+    [("20mbit", 20e6), ("20 mbit", 20e6), ("1.5 Gbit/s", 1.5e9), ("500kbps", 5e5), ("9600bit", 9600)],
+)
+def test_speeds_of_a_link(link: str, bits: float):
+    assert Federation(1, 1, link).bits_per_second == bits
+
+
+@pytest.mark.parametrize("link", ["", "fast", "20", "20 MB/s", "-1mbit", "0mbit", "20mbit/h"])
+def test_what_is_no_speed(link: str):
+    with pytest.raises(ConfigError, match="expected a number with kbit, mbit or gbit"):
+        Federation(1, 1, link)
+
+
+# --- Adapters by name -----------------------------------------------------------------------------
+
+
+def test_adapters_by_name():
+    assert parse_adapters(" vblora, LoRA:8 ,lora:32") == {
+        "vblora": {"adapter": "vblora"},
+        "lora:8": {"adapter": "lora", "rank": 8},
+        "lora:32": {"adapter": "lora", "rank": 32},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "nothing named"),
+        ("vblora,", "'' is unknown"),
+        ("dora:8", "'dora:8' is unknown, expected KIND or KIND:NUMBER, KIND of vblora, lora"),
+        ("lora:", "'lora:': '' is no rank"),
+        ("lora:eight,lora:0,lora:-1,lora:1.5", "'lora:eight': 'eight' is no rank.*'lora:1.5': '1.5'"),
+        ("lora:8,vblora,lora:8", "'lora:8' is named twice"),
+    ],
+)
+def test_adapters_that_cannot_be_read(text: str, told: str):
+    with pytest.raises(ConfigError, match=told):
+        parse_adapters(text)
+
+
+# --- The paper ------------------------------------------------------------------------------------
+
+
+def test_the_papers_table_counted_again():
+    """Its formula where it holds, and what its other figures say in place of 1.5 numbers a row."""
+    found = {
+        (count.published.model, count.published.targets): (count.rows, count.counted, count.fits)
+        for count in map(count_published, PUBLISHED)
+    }
+    assert found == {
+        ("roberta-base", "query,value"): (576, 23_904, 0.75),
+        ("roberta-base", "all-linear"): (2_592, 26_928, 1.5),
+        ("roberta-large", "query,value"): (1_536, 25_344, 0.75),
+        ("roberta-large", "all-linear"): (6_912, 33_408, 1.5),
+        ("gpt2-medium", "all-linear"): (6_912, 75_904, 1.5),
+        ("gpt2-large", "all-linear"): (12_960, 115_520, 3.0),
+        ("llama-2-7b", "all-linear"): (39_040, 602_368, 6.0),
+        ("llama-2-13b", "all-linear"): (91_680, 707_648, 6.0),
+        ("mistral-7b", "all-linear"): (40_960, 606_208, 3.0),
+        ("gemma-7b", "all-linear"): (48_832, 621_952, 3.0),
+    }
+    agreeing = [count for count in map(count_published, PUBLISHED) if count.agrees]
+    assert [count.stated == count.counted for count in agreeing] == [True] * 3
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def test_plan_as_json(fedvb: Run, tiny_bert: Path):
+    shown = fedvb("plan", "--model", tiny_bert, "--adapters", "vblora,lora:4", "--classes", "3", "--json")
+    assert (shown.code, shown.err) == (0, "")
+    adapters = json.loads(shown.out)["adapters"]
+    assert list(adapters) == ["vblora", "lora:4"]
+    for one in adapters.values():
+        assert set(one) >= KEYS
+        assert all(type(one[key]) is int and one[key] > 0 for key in KEYS)
+    assert adapters["vblora"]["rows"] == 120
+
+
+def test_plan_as_a_table(fedvb: Run, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    typed = ["--model", tiny_bert, "--rounds", "9", "--clients", "1000", "--link", "1 Mbit/s"]
+    shown = fedvb("plan", *typed, "--num-vectors", "8", "--target-modules", "query,value")
+    assert (shown.code, shown.err) == (0, "")
+    for told in ("r 4, h 8, b 32, k 2", "a client, 9 rounds", "on 1 Mbit/s", "1,000 clients", "sends 1/"):
+        assert told in shown.out
+    published = fedvb("plan", "--paper")
+    assert published.code == 0
+    assert "llama-2-13b all" in published.out
+    assert max(map(len, published.out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("", "--model: which one?"),
+        ("--model llama-9", "no config of llama-9"),
+        ("--model gpt2 --adapters dora", "'dora' is unknown"),
+        ("--model gpt2 --rounds 0 --clients 0", "clients is 0, expected at least 1; rounds is 0"),
+        ("--model gpt2 --link fast", "link is 'fast'"),
+        ("--model gpt2 --target-modules nope", "'nope' fits no linear layer"),
+        ("--model gpt2 --adapters lora:5000", "rank is 5000, expected 1 to 1024"),
+        ("--model gpt2 --wire tiny", "wire is 'tiny'"),
+        ("--model gpt2 --classes -1", "'--classes': -1 is not in the range x>=0"),
+    ],
+)
+def test_bad_options_of_a_plan(fedvb: Run, typed: str, told: str):
+    shown = fedvb("plan", *typed.split())
+    assert shown.code == 2
+    assert shown.err.startswith("fedvb: ")
+    assert shown.err.count("\n") == 1
+    assert told in shown.err
+    assert shown.out == ""
