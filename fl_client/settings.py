@@ -38,7 +38,7 @@ class DataSettings:
         labels: names of all classes, by comma, where a site does not hold every one; "" takes those of the
             data. Sites agree on classes by name: the order given does not matter.
         eval_split: splits that the score is taken on, such as "dev" or "dev+test"; "" takes the first of
-        dev, test.
+            dev, test; "train" is a tenth carved off the training texts.
         eval_examples: held-out texts at most, drawn from the seed; 0 is all.
         max_examples: training texts at most; 0 is all, or 4,000 docstrings (reading them all takes a minute).
         max_length: tokens of a text at most.

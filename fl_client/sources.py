@@ -32,7 +32,7 @@ def read_source(
 
     Args:
         data: path, or hub id `OWNER/NAME`, `OWNER/NAME:CONFIG`.
-        eval_split: "dev", "test", "dev+test", or "": dev where there is one, else test, else none.
+        eval_split: "dev", "test", "dev+test", or "" or "train": dev where there is one, else test, else none.
         cache_dir: where `datasets` keeps what it downloads from the hub (its own default if None). Local
             files leave nothing behind: private text stays where it is.
 
@@ -61,9 +61,9 @@ def read_source(
 
 
 def _wanted_splits(eval_split: str) -> tuple[str, ...]:
-    names = [name.strip() for name in eval_split.split("+")] if eval_split else []
+    names = [name.strip() for name in eval_split.split("+")] if eval_split not in ("", "train") else []
     if any(name not in EVAL_NAMES for name in names):
-        raise ConfigError(f"eval-split is {eval_split!r}, expected 'dev', 'test', 'dev+test' or ''")
+        raise ConfigError(f"eval-split is {eval_split!r}, expected 'dev', 'test', 'dev+test', 'train' or ''")
     return tuple(dict.fromkeys(EVAL_NAMES[name] for name in names))
 
 

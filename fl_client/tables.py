@@ -19,6 +19,7 @@ from vblora.errors import ConfigError, DataError
 __all__ = ["Corpus", "Table", "load_corpus"]
 
 CARVED_SHARE, MOST_CARVED = 10, 2000  # one row in ten is held out where the data has no part to evaluate on
+SPLIT = 0  # seed of that part: what is held out belongs to the data, not to a run
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,12 @@ def load_corpus(
         text_column: text or prompt; found by its usual names if "". "a+b" joins two columns by a blank line.
         label_column: label, or completion for causal-lm; found by its usual names if "".
         group_column: column of `Table.group`; "" for none (docstrings: the module).
-        eval_split: "dev", "test", "dev+test", or "": dev where there is one, else test, else a seeded tenth
-            (at most 2,000 rows) carved off train, equal texts kept on one side.
+        eval_split: "dev", "test", "dev+test", or "": dev where there is one, else test, else a tenth (2,000
+            rows at most) carved off train, the same for every seed, equal texts kept on one side. "train"
+            leaves what "" evaluates aside and carves a tenth off the rest by the seed: to choose settings on.
         labels: names of all classes, where the data need not hold every one; () takes those of the data.
         max_examples: training rows, a seeded random subset in the original order; 0 for all.
-        seed: of what is carved and capped; for docstrings, of which modules are read.
+        seed: of what is capped, and carved for "train"; for docstrings, of which modules are read.
         cache_dir: see `docstrings.load` and `sources.read_source`; None for their own defaults.
 
     Raises:
@@ -134,6 +136,8 @@ def load_corpus(
         grouped = all(roles.group in frame.columns for frame in test_frames)
         test = _read_table(test_frames, roles if grouped else replace(roles, group=""))
     else:
+        train, test = _carve(train, SPLIT, data)
+    if eval_split == "train":
         train, test = _carve(train, seed, data)
     found = _labels(train, test, kind, labels, f"{data}: label column {roles.label!r}")
     if 0 < max_examples < len(train):
@@ -146,7 +150,7 @@ def load_corpus(
 def _docstring_frames(
     eval_split: str, max_examples: int, seed: int, cache_dir: Path | None
 ) -> tuple[list[Frame], list[Frame], dict[str, str]]:
-    if eval_split not in ("", "test"):
+    if eval_split not in ("", "test", "train"):
         raise DataError(f"docstrings: no split {eval_split!r} to evaluate on; found train, test")
     read = docstrings.load(max_examples, seed, cache_dir)
     frames = [

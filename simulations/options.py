@@ -28,7 +28,10 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "text-column": ("", "Column of the text, if not a usual name."),
         "label-column": ("", "Column of the label, if not a usual name."),
         "labels": ("", "All classes by comma, where the data lacks some."),
-        "eval-split": ("", "Held-out files to score on: dev, test, dev+test."),
+        "eval-split": (
+            "",
+            "Held-out files to score on: dev, test, dev+test; train is a tenth of the training texts.",
+        ),
         "max-examples": (0, "Training texts at most; 0 is all, or 4,000 docstrings."),
         "max-length": (128, "Tokens of a text at most."),
         "partition": (

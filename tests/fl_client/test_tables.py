@@ -1,4 +1,4 @@
-"""A corpus is what the files hold, capped and carved by seed."""
+"""A corpus is what the files hold, capped by seed; what is held out is the same for every seed."""
 
 import json
 from pathlib import Path
@@ -56,14 +56,32 @@ def test_blank_rows_are_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(8, 1), (300, 30), (30_000, 2000)])
-def test_a_tenth_is_carved_by_seed(tmp_path: Path, count: int, held_out: int) -> None:
+def test_a_tenth_is_held_out(tmp_path: Path, count: int, held_out: int) -> None:
+    """The same whatever the seed: runs with several are scored on the same texts."""
     data = _numbered(tmp_path / "rows.jsonl", count)
     corpus = load_corpus(data, "classification", seed=1)
     assert len(corpus.test) == held_out
     assert sorted(corpus.train.text + corpus.test.text) == sorted(f"row {row}" for row in range(count))
-    assert load_corpus(data, "classification", seed=1) == corpus
-    if count > 8:
-        assert load_corpus(data, "classification", seed=2) != corpus
+    assert load_corpus(data, "classification", seed=2) == corpus
+
+
+def test_settings_are_chosen_on_a_tenth_of_the_training_texts(tmp_path: Path) -> None:
+    """Drawn by seed, and never of what other runs are scored on."""
+    data = _numbered(tmp_path / "rows.jsonl", 300)
+    scored = set(load_corpus(data, "classification").test.text)
+    chosen = [load_corpus(data, "classification", eval_split="train", seed=seed) for seed in (1000, 1001)]
+    for corpus in chosen:
+        assert (len(corpus.train), len(corpus.test)) == (243, 27)
+        assert not scored & set(corpus.train.text + corpus.test.text)
+        assert not set(corpus.train.text) & set(corpus.test.text)
+    assert chosen[0].test != chosen[1].test
+
+
+def test_a_tenth_of_train_where_there_are_other_files(tmp_path: Path) -> None:
+    for name, count in (("train.jsonl", 100), ("test.jsonl", 20)):
+        _numbered(tmp_path / name, count)
+    corpus = load_corpus(str(tmp_path), "classification", eval_split="train")
+    assert (len(corpus.train), len(corpus.test)) == (90, 10)
 
 
 def test_equal_prompts_are_carved_together(tmp_path: Path) -> None:
