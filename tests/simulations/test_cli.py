@@ -46,7 +46,7 @@ def refused(outcome: Outcome, run: Path) -> str:
         ("--task nli", "task is 'nli', expected one of auto, classification, causal-lm"),
         ("--partition random", "partition is 'random', expected auto, iid, dirichlet:ALPHA"),
         ("--partition dirichlet:0", "alpha is '0', expected a positive number"),
-        ("--schedule linear", "schedule is 'linear', expected one of cosine, constant"),
+        ("--schedule linear", "schedule is 'linear', expected one of cosine, root, constant"),
         ("--clients-per-round 5", "clients-per-round is 5 but there are 4 clients"),
         ("--clients 0", "clients is 0"),
         ("--clients 300 --partition iid", "client 216 would be empty"),
