@@ -15,7 +15,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,13 @@ import torch
 
 from simulations.bench.steps import measure_shape
 from simulations.bench.tables import print_table
-from vblora.versions import installed_versions
+from simulations.bench.timing import describe_machine
 
 __all__ = ["PARTS", "main", "run"]
 
-VERSIONED = ("flwr", "numpy", "peft", "ray", "torch", "transformers")
 TITLES = {
     "llama-1.1b": "1.1B Llama shape, 1 × 128 tokens a client-step",
-    "llama-7b": "7B Llama shape, 1 × 256 tokens a client-step",
+    "llama-2-7b": "7B Llama shape, 1 × 256 tokens a client-step",
     "minilm": "MiniLM's shape, 8 × 32 tokens a client-step",
 }
 
@@ -61,7 +59,7 @@ def run(
         repeats: of whatever is compared, in turn.
         shapes: of the part `gpu`; None chooses by device.
     """
-    found: dict[str, Any] = {"machine": _machine(), "parts": {}}
+    found: dict[str, Any] = {"machine": describe_machine(), "parts": {}}
     print(json.dumps(found["machine"]), flush=True)
     for part in parts:
         try:
@@ -77,7 +75,7 @@ def _steps(repeats: int, shapes: Sequence[str] | None) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     found = {}
-    for name in shapes or (("llama-1.1b", "llama-7b") if on_gpu else ("minilm",)):
+    for name in shapes or (("llama-1.1b", "llama-2-7b") if on_gpu else ("minilm",)):
         found[name] = measured = measure_shape(name, device, repeats, 17 if on_gpu else 5)
         columns = {
             "": lambda row: row["name"],
@@ -145,16 +143,6 @@ PARTS: dict[str, Callable[[int, Sequence[str] | None], dict[str, Any]]] = {
     "overhead": _overhead,
     "scale": _scale,
 }
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "versions": {**installed_versions(VERSIONED), "torch": torch.__version__},
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -43,6 +43,21 @@ def cohort(
 
 
 @app.command()
+def step(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="llama-2-7b, llama-2-13b or minilm; chosen by device without.")
+    ] = None,
+    tokens: Annotated[list[str] | None, typer.Option(help="Texts x tokens of a step, such as 4x512.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers here.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions, in turn; medians are shown.")] = 5,
+) -> None:
+    """A training step of one client against the frozen model and PEFT: milliseconds and memory."""
+    from simulations.bench.step import run
+
+    run(shape, tokens, json, repeats)
+
+
+@app.command()
 def wire(json: Annotated[Path | None, typer.Option(help="Write all numbers here.")] = None) -> None:
     """Bytes of messages at the shapes that people use, drawn from a recorded run."""
     from simulations.bench.wire import run

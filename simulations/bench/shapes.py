@@ -28,8 +28,9 @@ class Shape:
     Attributes:
         sizes: of the model's config; a Llama where it has key-value heads, else a BERT with a classifier.
         rows, length: texts a step, tokens of each.
-        num_vectors, vector_length: h and b, at rank 4 on all linear layers.
+        num_vectors, vector_length: h and b, on all linear layers.
         cohorts: clients side by side; 1 comes first.
+        rank: r.
     """
 
     sizes: dict[str, Any]
@@ -38,14 +39,15 @@ class Shape:
     num_vectors: int
     vector_length: int
     cohorts: tuple[int, ...]
+    rank: int = 4
 
 
-def _llama(hidden: int, intermediate: int, layers: int, key_value_heads: int) -> dict[str, Any]:
+def _llama(hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
-        "num_attention_heads": 32,
+        "num_attention_heads": heads,
         "num_key_value_heads": key_value_heads,
         "vocab_size": 32000,
     }
@@ -58,11 +60,14 @@ MINILM: dict[str, Any] = {
     "num_attention_heads": 12,
     "vocab_size": 30522,
     "num_labels": len(LABELS),
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
 }
 
 SHAPES = {
-    "llama-1.1b": Shape(_llama(2048, 5632, 22, 4), 1, 128, 256, 256, (1, 4, 8, 16, 32)),
-    "llama-7b": Shape(_llama(4096, 11008, 32, 32), 1, 256, 2048, 256, (1, 4, 8, 16)),
+    "llama-1.1b": Shape(_llama(2048, 5632, 22, 32, 4), 1, 128, 256, 256, (1, 4, 8, 16, 32)),
+    "llama-2-7b": Shape(_llama(4096, 11008, 32, 32, 32), 1, 256, 2048, 256, (1, 4, 8, 16)),
+    "llama-2-13b": Shape(_llama(5120, 13824, 40, 40, 40), 1, 256, 2048, 256, (1, 4), rank=6),
     "minilm": Shape(MINILM, 8, 32, 256, 128, (1, 2, 4, 8)),
 }
 

@@ -1,4 +1,4 @@
-"""The bench of cohorts, on sizes that say nothing about speed."""
+"""The benches, on sizes that say nothing about speed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from simulations.bench import cohort, engines, learning, steps
+from simulations.bench import cohort, engines, learning, step, steps, ways
 from simulations.bench.crowd import measure_overhead, measure_scale
 from simulations.bench.engines import Engine, apart, measure_engines
 from simulations.bench.shapes import SHAPES, Shape
@@ -56,17 +56,64 @@ def test_what_does_not_fit_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPat
     import torch
 
     monkeypatch.setitem(SHAPES, "minilm", Shape(TINY_LLAMA, 1, 8, 64, 16, (1, 3)))
-    train_cohort = steps.train_cohort
+    train_cohort = ways.train_cohort
 
     def tight(model: Any, task: Any, state: Any, jobs: Any, *others: Any, **options: Any) -> Any:
         if len(jobs) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return train_cohort(model, task, state, jobs, *others, **options)
 
-    monkeypatch.setattr(steps, "train_cohort", tight)
+    monkeypatch.setattr(ways, "train_cohort", tight)
     found = steps.measure_shape("minilm", torch.device("cpu"), 1, 2)
     assert "vb-lora r4 × 3: out of memory" in found["notes"]
     assert 3 not in {row["clients"] for row in found["rows"]}
+
+
+# --- One client's step ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [TINY_LLAMA, TINY_BERT], ids=["llama", "bert"])
+def test_one_step_in_all_ways(
+    sizes: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    pytest.importorskip("peft")
+    monkeypatch.setitem(SHAPES, "minilm", Shape(sizes, 1, 8, 64, 16, (1,)))
+    found = step.run(["minilm"], ["2x8", "1x12"], tmp_path / "out.json", repeats=2)
+    assert json.loads((tmp_path / "out.json").read_text()) == found
+    assert [table["tokens"] for table in found["tables"]] == ["2x8", "1x12"]
+    for table in found["tables"]:
+        rows = {row["name"]: row for row in table["rows"]}
+        assert list(rows) == ["frozen base", "ours", "peft lora r4", "peft lora r8", "peft vb-lora r4"]
+        assert rows["frozen base"]["to_base"] == rows["ours"]["to_ours"] == 1.0
+        assert table["notes"] == []
+    shown = capsys.readouterr().out
+    assert "minilm, 1x12 tokens a step" in shown
+
+
+def test_a_way_that_does_not_fit_leaves_the_table(monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    monkeypatch.setitem(SHAPES, "minilm", Shape(TINY_LLAMA, 1, 8, 64, 16, (1,)))
+    peft_step = step.peft_step
+
+    def tight(model: Any, task: Any) -> Any:
+        inner = peft_step(model, task)
+
+        def run(batch: Any) -> None:
+            if "vblora" in type(model.base_model).__module__ and batch.tokens.numel() > 8:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            inner(batch)
+
+        return run
+
+    monkeypatch.setattr(step, "peft_step", tight)
+    small, large = step.measure("minilm", ["1x8", "1x9"], torch.device("cpu"), 1, 2)
+    assert small["rows"][-1]["name"] == "peft vb-lora r4"
+    assert large["rows"][-1]["name"] == "peft lora r8"
+    assert (small["notes"], large["notes"]) == ([], ["peft vb-lora r4: out of memory"])
 
 
 WITHOUT_FLOWER = """
