@@ -39,6 +39,7 @@ class Texts:
         train: training examples of all clients.
         parts: rows of `train` by client.
         test: held-out examples.
+        own: rows of `test` by client, for its own score; maybe none.
         labels: class names by index; empty for language modelling.
         versions: of whatever the texts depend on.
     """
@@ -46,6 +47,7 @@ class Texts:
     train: Examples
     parts: tuple[NDArray[np.int64], ...]
     test: Examples
+    own: tuple[NDArray[np.int64], ...]
     labels: tuple[str, ...]
     versions: Mapping[str, str]
 
@@ -90,8 +92,9 @@ def save_texts(path: Path, texts: Texts) -> None:
     arrays: dict[str, Any] = {}
     for name, examples in (("train", texts.train), ("test", texts.test)):
         arrays |= {f"{name}_{key}": getattr(examples, key) for key in ("tokens", "starts", "targets")}
-    arrays["part_ends"] = np.cumsum([len(part) for part in texts.parts])
-    arrays["part_rows"] = np.concatenate(texts.parts)
+    for name, dealt in (("part", texts.parts), ("own", texts.own)):
+        arrays[f"{name}_ends"] = np.cumsum([len(part) for part in dealt])
+        arrays[f"{name}_rows"] = np.concatenate(dealt)
     arrays["about"] = np.array(json.dumps({"labels": texts.labels, "versions": dict(texts.versions)}))
     buffer = BytesIO()
     np.savez_compressed(buffer, **arrays)
@@ -106,12 +109,15 @@ def load_texts(path: Path) -> Texts:
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            parts = [
+            train, test = (
                 Examples(*(arrays[f"{name}_{key}"] for key in ("tokens", "starts", "targets")))
                 for name in ("train", "test")
-            ]
-            dealt = np.split(arrays["part_rows"], arrays["part_ends"][:-1])
+            )
+            parts, own = (
+                tuple(np.split(arrays[f"{name}_rows"], arrays[f"{name}_ends"][:-1]))
+                for name in ("part", "own")
+            )
             about = json.loads(str(arrays["about"]))
     except (OSError, KeyError, ValueError) as error:
         raise DataError(f"{path}: not a file of prepared texts ({error})") from error
-    return Texts(parts[0], tuple(dealt), parts[1], tuple(about["labels"]), about["versions"])
+    return Texts(train, parts, test, own, tuple(about["labels"]), about["versions"])

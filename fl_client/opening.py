@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fl_client.assembly import Texts, assemble, task_of
 from fl_client.base import Base, find_device, find_model, load_base, longest_text
 from fl_client.batches import Examples
+from fl_client.held_out import deal_held_out
 from fl_client.partition import parse_partition, partition
 from fl_client.settings import DataSettings, SiteSettings
 from fl_client.site import Site
@@ -77,7 +78,9 @@ def _tokenised(corpus: Corpus, parts: list[NDArray[np.int64]], base: Base, data:
     held_out = _sample(corpus.test, data.eval_examples, data.seed)
     test = task.encode(base.tokenizer, held_out, data.max_length)
     _require_fit(base, train, test)
-    return Texts(train, tuple(parts), test, corpus.labels, _versions(corpus))
+    by_group = parse_partition(data.partition).kind == "by"
+    own = deal_held_out(corpus.train, parts, held_out, data.seed, by_group=by_group)
+    return Texts(train, tuple(parts), test, tuple(own), corpus.labels, _versions(corpus))
 
 
 def _require_fit(base: Base, *parts: Examples) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # reading tables needs `datasets`; training on tokens does no
 
 __all__ = ["SUMS", "CausalLM", "Classification", "Task"]
 
+END_OF_TEXT = "<|endoftext|>"  # at the end of completions that were written for GPT-2, as T0's are
+
 SUMS = ("eval-examples", "eval-loss-sum", "eval-correct")
 
 
@@ -91,7 +93,8 @@ class CausalLM:
             return _examples(
                 [(start + ids + end)[:max_length] for ids in prompts], [len(start)] * len(prompts)
             )
-        completions = tokenizer(list(table.completion), add_special_tokens=False)["input_ids"]
+        bare = [_without_end(text, tokenizer.eos_token) for text in table.completion]
+        completions = tokenizer(bare, add_special_tokens=False)["input_ids"]
         rows, leading = [], []
         for prompt, completion in zip(prompts, completions, strict=True):
             # The answer may fill what the prompt leaves free, and half of the whole in any case. The end of a
@@ -129,6 +132,13 @@ class CausalLM:
             logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none"
         )
         return losses.view(wanted.shape), real
+
+
+def _without_end(completion: str, end: str | None) -> str:
+    """A completion without the end that some files spell out; every row gets its end as a token."""
+    for mark in (END_OF_TEXT, end):
+        completion = completion.removesuffix(mark or "")
+    return completion
 
 
 def _examples(ids: Sequence[Sequence[int]], targets: Sequence[int]) -> Examples:

@@ -204,7 +204,7 @@ def _tiny_site(clients: int, folder: Path) -> Site:
         state=str(folder),
     )
     parts = tuple(np.arange(2 * clients).reshape(clients, 2))
-    texts = Texts(
-        make_examples(shape, 0, True, 2 * clients), parts, make_examples(shape, 1, True, 20), LABELS, {}
-    )
+    nothing = tuple(np.empty(0, np.int64) for _ in parts)
+    train, test = make_examples(shape, 0, True, 2 * clients), make_examples(shape, 1, True, 20)
+    texts = Texts(train, parts, test, nothing, LABELS, {})
     return assemble(settings, texts, Base(model, None, 0))

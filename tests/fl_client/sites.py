@@ -29,9 +29,9 @@ def make_site(
     )
     ends = np.cumsum(counts)
     parts = tuple(np.arange(end - count, end) for end, count in zip(ends, counts, strict=True))
-    texts = Texts(
-        make_examples(int(ends[-1]), 1, bool(labels)), parts, make_examples(20, 2, bool(labels)), labels, {}
-    )
+    train, test = make_examples(int(ends[-1]), 1, bool(labels)), make_examples(20, 2, bool(labels))
+    own = tuple(np.arange(20)[client::clients] for client in range(clients))
+    texts = Texts(train, parts, test, own, labels, {})
     return assemble(settings, texts, Base(make_base(family, layers=1).double(), None, 0))
 
 

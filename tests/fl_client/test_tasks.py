@@ -31,6 +31,7 @@ class Letters:
 
     bos_token_id: int | None = BOS
     eos_token_id: int | None = EOS
+    eos_token: str | None = ">"
 
     def __call__(self, texts: list[str], add_special_tokens: bool = True, **cut: Any) -> dict[str, Any]:
         ids = [[ord(letter) - 87 for letter in text] for text in texts]
@@ -65,6 +66,11 @@ def test_plain_text_is_learned_whole():
 def test_only_the_completion_is_learned():
     table = Table(["abc", "", "x"], completion=["de", "f", ""])
     assert texts_of(CausalLM().encode(Letters(), table, 20)) == ["<abc|de>", "<|f>", "<x|>"]
+
+
+def test_an_end_that_is_spelt_out_is_not_learned_twice():
+    table = Table(["a"] * 3, completion=["bc>", "bc<|endoftext|>", "bc"])
+    assert texts_of(CausalLM().encode(Letters(), table, 20)) == ["<a|bc>"] * 3
 
 
 def test_a_long_prompt_loses_its_beginning():

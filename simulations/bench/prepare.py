@@ -1,0 +1,85 @@
+"""Data sets of the studies that are not one file yet, as folders for `--data`.
+
+python -m simulations.bench.prepare ../shared/assets        # writes runs/data/t0 and runs/data/shakespeare
+
+E2E needs nothing: `--data ../shared/assets/data/e2e` trains on devset.csv, is scored on testset_w_refs.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vblora.files import write_atomic
+
+__all__ = ["main", "shakespeare_rows", "split_rows", "t0_rows"]
+
+Row = dict[str, str]
+
+T0_ROWS = "data/instruct/t0_train_50k.jsonl.gz"
+T0_TASKS = "models/t0-llama-28m/heldout_tasks.json"
+SHAKESPEARE = "data/text/tinyshakespeare.txt"
+SPEAKERS = 20  # those with the most text, some 13,000 characters or more each
+HELD_OUT = 0.2  # of the rows
+SEED = 0
+
+
+def t0_rows(assets: Path) -> list[Row]:
+    """Rows (task, prompt, completion) of the tasks that t0-llama-28m has never seen."""
+    tasks = set(json.loads((assets / T0_TASKS).read_text())["tasks"])
+    with gzip.open(assets / T0_ROWS, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    kept = [row for row in rows if row["task"] in tasks]
+    return [{key: row[key] for key in ("task", "prompt", "completion")} for row in kept]
+
+
+def shakespeare_rows(assets: Path, speakers: int = SPEAKERS) -> list[Row]:
+    """Rows (speaker, text), a speech each without the line that names who speaks."""
+    speeches = (assets / SHAKESPEARE).read_text(encoding="utf-8").split("\n\n")
+    parted = [speech.strip("\n").partition(":\n") for speech in speeches]
+    rows = [{"speaker": name, "text": text} for name, colon, text in parted if colon and text.strip()]
+    sizes = Counter[str]()
+    for row in rows:
+        sizes[row["speaker"]] += len(row["text"])
+    chosen = {name for name, _ in sizes.most_common(speakers)}
+    return [row for row in rows if row["speaker"] in chosen]
+
+
+def split_rows(rows: Sequence[Row], seed: int = SEED) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows, drawn by row, each in its old order."""
+    drawn = np.random.default_rng(seed).permutation(len(rows))[: round(HELD_OUT * len(rows))]
+    held = set(drawn.tolist())
+    return (
+        [row for number, row in enumerate(rows) if number not in held],
+        [row for number, row in enumerate(rows) if number in held],
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the folders, each with train.jsonl and test.jsonl."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("assets", type=Path, help="folder with data/ and models/")
+    parser.add_argument("--out", type=Path, default=Path("runs/data"))
+    given = parser.parse_args(arguments)
+    for name, rows in (("t0", t0_rows(given.assets)), ("shakespeare", shakespeare_rows(given.assets))):
+        train, test = split_rows(rows)
+        _write(given.out / name / "train.jsonl", train)
+        _write(given.out / name / "test.jsonl", test)
+        print(f"{given.out / name}: {len(train):,} training rows, {len(test):,} held out")
+
+
+def _write(path: Path, rows: Iterable[Row]) -> None:
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

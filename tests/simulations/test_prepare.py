@@ -1,0 +1,72 @@
+"""The data sets of the studies, from assets of a few lines."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from fl_client.tables import load_corpus
+from simulations.bench.learning import read_study
+from simulations.bench.prepare import SHAKESPEARE, T0_ROWS, T0_TASKS, main, shakespeare_rows, split_rows
+from simulations.config import check_config, default_config
+from tests.conftest import ROOT
+
+PLAY = "\n\n".join(
+    ["First Citizen:\nSpeak.", "All:\nSpeak, speak.\nAgain: speak.", "First Citizen:\nYou are all resolved?"]
+    + [f"ROMEO:\nLine {number}." for number in range(8)]
+)
+
+
+@pytest.fixture
+def made_up(tmp_path: Path) -> Path:
+    """A folder laid out as the assets."""
+    for name in (T0_ROWS, T0_TASKS, SHAKESPEARE):
+        (tmp_path / name).parent.mkdir(parents=True)
+    rows = [
+        {"task": task, "prompt": f"{task} {number}?\n", "completion": "Yes<|endoftext|>", "more": 1}
+        for task in ("seen", "new", "newer")
+        for number in range(10)
+    ]
+    with gzip.open(tmp_path / T0_ROWS, "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / T0_TASKS).write_text(json.dumps({"tasks": ["new", "newer"]}))
+    (tmp_path / SHAKESPEARE).write_text(PLAY + "\n")
+    return tmp_path
+
+
+def test_the_folders_load_with_their_groups(made_up: Path, tmp_path: Path):
+    main([str(made_up), "--out", str(tmp_path / "out")])
+    t0 = load_corpus(str(tmp_path / "out" / "t0"), "causal-lm", group_column="task")
+    assert (len(t0.train), len(t0.test)) == (16, 4)
+    assert set(t0.train.group or ()) == {"new", "newer"}
+    assert {text.split()[0] for text in t0.train.text + t0.test.text} == {"new", "newer"}
+    plays = load_corpus(str(tmp_path / "out" / "shakespeare"), "causal-lm", group_column="speaker")
+    assert plays.train.completion is None
+    assert (len(plays.train), len(plays.test)) == (9, 2)
+
+
+def test_a_speech_goes_without_its_speaker_and_small_parts_are_left_out(made_up: Path):
+    rows = shakespeare_rows(made_up, speakers=2)
+    assert {row["speaker"] for row in rows} == {"ROMEO", "First Citizen"}
+    assert rows[1] == {"speaker": "First Citizen", "text": "You are all resolved?"}
+
+
+def test_rows_are_split_once_and_in_order():
+    rows = [{"n": str(number)} for number in range(50)]
+    train, test = split_rows(rows)
+    assert len(test) == 10
+    assert sorted(train + test, key=lambda row: int(row["n"])) == rows
+    assert [int(row["n"]) for row in test] == sorted(int(row["n"]) for row in test)
+    assert (train, test) == split_rows(rows)
+    assert test != split_rows(rows, seed=1)[1]
+
+
+@pytest.mark.parametrize(
+    "study", sorted((ROOT / "simulations/bench/studies").glob("*.json")), ids=lambda p: p.stem
+)
+def test_the_studies_are_configs(study: Path):
+    for config in read_study(study):
+        check_config({**default_config(), **config})
