@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -23,6 +24,9 @@ from flwr.clientapp import ClientApp
 from fl_client.questions import OWN_KEYS, Answer, Question, Scalar, of_lone_site
 from fl_client.thin import ask_trainer, trainer_listens
 from vblora.errors import RunError
+
+if TYPE_CHECKING:  # it needs torch
+    from fl_client.settings import SiteSettings
 
 __all__ = ["Answers", "app", "handle"]
 
@@ -97,9 +101,9 @@ def _answers(context: Context) -> Answers:
 
     if "data" not in own:
         settings = SiteSettings.from_run_config({**run, **own})
-        return partial(answer, open_site(replace(settings, state=_state_folder(context))))
+        return partial(answer, open_site(_with_state(settings, context)))
     settings = SiteSettings.from_run_config({**run, **own, "clients": 1, "partition": "iid"})
-    site = open_site(replace(settings, state=_state_folder(context)))
+    site = open_site(_with_state(settings, context))
     return lambda questions: (
         _as_asked(question, found)
         for question in questions
@@ -115,6 +119,21 @@ def _from_trainer(socket: Path, run: dict[str, Scalar], questions: Sequence[Ques
 def _as_asked(question: Question, found: Answer) -> Answer:
     """A lone site calls its client 0; the answer is of the client that was asked."""
     return Answer(question.client, found.blob, found.metrics, found.text, found.error)
+
+
+def _with_state(settings: SiteSettings, context: Context) -> SiteSettings:
+    """The settings with the folder of what the client keeps.
+
+    Raises:
+        RunError: there is none, and the run has it keep a part of its own.
+    """
+    folder = _state_folder(context)
+    if settings.personal.parts and not folder:
+        raise RunError(
+            f"personal {settings.personal.personal}: this node keeps nothing between messages; name a folder "
+            "with --node-config state=..., or start a trainer"
+        )
+    return replace(settings, state=folder)
 
 
 def _state_folder(context: Context) -> str:

@@ -30,6 +30,8 @@ from vblora.spec import Blueprint
 
 __all__ = ["Texts", "assemble", "load_texts", "save_texts", "task_of"]
 
+AT_ONCE = 32  # clients scored in one forward on a GPU; its tokens are bounded, however many they are
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -79,8 +81,10 @@ def assemble(settings: SiteSettings, texts: Texts, base: Base) -> Site:
         train=texts.train,
         parts=texts.parts,
         test=texts.test,
+        own=texts.own,
         pad=base.pad,
         sizer=CohortSizer(model.device, settings.cohort),
+        scorer=CohortSizer(model.device, settings.cohort or (AT_ONCE if model.device.type == "cuda" else 0)),
         versions=dict(texts.versions),
         memory=Memory(Path(settings.state) if settings.state else None),
         salt=zlib.crc32(texts.train.tokens.tobytes()) if len(texts.parts) == 1 else 0,

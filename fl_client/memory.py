@@ -1,4 +1,5 @@
-"""What clients keep between rounds: states that the server may build on, and what rounding dropped.
+"""What clients keep between rounds: states that the server may build on, what rounding dropped, and what is
+theirs alone.
 
 On disk where a folder is given, so that it outlives the process, and several processes can share it; every
 file is written whole or not at all. Of each run apart: its numbers mean nothing to another.
@@ -9,12 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from fl_client.personal import Part
 from vblora.errors import RunError
 from vblora.files import load_state, safetensors_bytes, save_state, write_atomic
 from vblora.spec import Blueprint
@@ -23,10 +26,11 @@ from vblora.state import State
 __all__ = ["Memory"]
 
 STATES = 8  # as many as a server builds on
-TURNS = 2  # of what waits: the last round may have to be trained again after a resume
+TURNS = 2  # kept of a client: the last round may have to be trained again after a resume
 OLDEST = 20  # rounds after which what waits is no longer worth sending: the others have moved on
 
 Dense = Mapping[str, NDArray[np.float32]]
+What = Literal["waiting", "personal"]
 
 
 class Memory:
@@ -40,7 +44,7 @@ class Memory:
         self._folder = folder
         self._run = ""
         self._states: dict[bytes, State] = {}
-        self._waiting: dict[tuple[int, int], Dense] = {}
+        self._kept: dict[tuple[What, int, int], Mapping[str, NDArray[Any]]] = {}
 
     def open(self, run: str) -> None:
         """Turn to a run; what is known of another is left on disk and forgotten here.
@@ -51,7 +55,7 @@ class Memory:
         if not re.fullmatch(r"[0-9a-z]{0,32}", run):
             raise RunError(f"run {run!r:.50}: expected letters a to z and digits, 32 at most")
         if run != self._run:
-            self._run, self._states, self._waiting = run, {}, {}
+            self._run, self._states, self._kept = run, {}, {}
 
     def state(self, digest: bytes) -> State | None:
         """A state that was kept, by its digest."""
@@ -80,38 +84,67 @@ class Memory:
 
     def waiting(self, client: int, version: int) -> Dense:
         """What a client's earlier roundings dropped, float32 by section, as of its turns before `version`."""
-        turns = [turn for turn in self._turns(client) if version - OLDEST <= turn <= version]
-        if not turns:
+        turn = self._last_turn("waiting", client, version)
+        if turn is None or turn < version - OLDEST:
             return {}
-        at = client, max(turns)
-        if at not in self._waiting and self._folder is not None:
-            try:
-                return load(self._file(*at).read_bytes())
-            except (OSError, SafetensorError):  # lost: what waited is gone, nothing else
-                return {}
-        return self._waiting.get(at, {})
+        try:
+            return self._read("waiting", client, turn)
+        except (OSError, SafetensorError):  # lost: what waited is gone, nothing else
+            return {}
 
     def keep_waiting(self, client: int, version: int, dropped: Dense) -> None:
         """Keep what is left over once a client has trained from the state before `version`."""
-        if self._folder is None:
-            self._waiting[client, version] = dropped
-        else:
-            write_atomic(self._file(client, version), safetensors_bytes(dropped, {}))
-        for turn in self._turns(client)[:-TURNS]:
-            self._waiting.pop((client, turn), None)
-            if self._folder is not None:
-                self._file(client, turn).unlink(missing_ok=True)
+        self._keep("waiting", client, version, dropped)
+
+    def personal(self, client: int, version: int) -> Part | None:
+        """A client's own part as of its turns before `version`; None where it has had none.
+
+        Raises:
+            RunError: it is damaged. To go on without it would undo all that the client has learned.
+        """
+        turn = self._last_turn("personal", client, version)
+        if turn is None:
+            return None
+        try:
+            return Part.of(self._read("personal", client, turn))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise RunError(
+                f"{self._file('personal', client, turn)}: a client's personal part cannot be read ({error}); "
+                "delete the file to go on from its turn before, or from the shared state"
+            ) from error
+
+    def keep_personal(self, client: int, version: int, part: Part) -> None:
+        """Keep a client's own part once it has trained from the state before `version`."""
+        self._keep("personal", client, version, part.arrays())
 
     def keep_sent(self, client: int, blob: bytes) -> None:
         """Keep a client's last update as it leaves, for `fedvb inspect`; on disk only."""
         if self._folder is not None:
             write_atomic(self._place() / "sent" / f"{client}.blob", blob, lasting=False)
 
-    def _turns(self, client: int) -> list[int]:
-        """Versions for which something waits, oldest first."""
+    def _last_turn(self, what: What, client: int, version: int) -> int | None:
+        return max((turn for turn in self._turns(what, client) if turn <= version), default=None)
+
+    def _turns(self, what: What, client: int) -> list[int]:
+        """Versions for which something is kept, oldest first."""
         if self._folder is None:
-            return sorted(turn for name, turn in self._waiting if name == client)
-        return sorted(int(path.stem) for path in self._files(f"waiting/{client}/*.safetensors"))
+            return sorted(turn for kind, name, turn in self._kept if (kind, name) == (what, client))
+        return sorted(int(path.stem) for path in self._files(f"{what}/{client}/*.safetensors"))
+
+    def _read(self, what: What, client: int, turn: int) -> Mapping[str, NDArray[Any]]:
+        if self._folder is None:
+            return self._kept[what, client, turn]
+        return load(self._file(what, client, turn).read_bytes())
+
+    def _keep(self, what: What, client: int, version: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        if self._folder is None:
+            self._kept[what, client, version] = arrays
+        else:
+            write_atomic(self._file(what, client, version), safetensors_bytes(arrays, {}))
+        for turn in self._turns(what, client)[:-TURNS]:
+            self._kept.pop((what, client, turn), None)
+            if self._folder is not None:
+                self._file(what, client, turn).unlink(missing_ok=True)
 
     def _place(self) -> Path:
         assert self._folder is not None
@@ -120,5 +153,5 @@ class Memory:
     def _files(self, pattern: str) -> list[Path]:
         return sorted(self._place().glob(pattern))
 
-    def _file(self, client: int, version: int) -> Path:
-        return self._place() / "waiting" / str(client) / f"{version:07d}.safetensors"
+    def _file(self, what: What, client: int, version: int) -> Path:
+        return self._place() / what / str(client) / f"{version:07d}.safetensors"

@@ -26,8 +26,9 @@ class Question:
         kind: hello, describe, train or evaluate.
         blob: the reference state, for train and evaluate.
         config: `round` and `lr-scale` to train, `frozen` where tensors are to be left alone (their names, by
-            comma), `seconds` where it has to stop after so many and send what it has; `shard` and `shards`
-            to evaluate; `run`, its name, for both.
+            comma), `seconds` where it has to stop after so many and send what it has; to evaluate `shard` and
+            `shards` for a part of the common held-out texts, `own` for those of its own; `run`, its name, for
+            both.
     """
 
     client: int
@@ -52,6 +53,6 @@ class Answer:
 
 def of_lone_site(question: Question) -> Question:
     """A question as a site of its own has to take it: it is client 0 of its data, and scores all of them."""
-    if question.kind != "evaluate":
+    if question.kind != "evaluate" or "shards" not in question.config:
         return replace(question, client=0)
     return replace(question, client=0, config={**question.config, "shard": 0, "shards": 1})

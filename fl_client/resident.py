@@ -27,6 +27,8 @@ from vblora.errors import ConfigError, RunError
 
 __all__ = ["Resident"]
 
+WITHOUT_LOADING = ("local", "personal", "hazards", "wire")  # settings that a loaded site can take on
+
 log = logging.getLogger("fedvb.trainer")
 
 
@@ -86,8 +88,9 @@ class Resident:
         if site is not None and settings == site.settings:
             return site
         if site is not None and settings == replace(
-            site.settings, local=settings.local, hazards=settings.hazards, wire=settings.wire
-        ):  # rates and steps need no loading
+            site.settings,
+            **{name: getattr(settings, name) for name in WITHOUT_LOADING},
+        ):
             self._site = replace(site, settings=settings)
             return self._site
         texts, base = self._open(settings)
@@ -126,9 +129,8 @@ def _without_paths(described: str) -> str:
 
 def _same_parts(one: SiteSettings, other: SiteSettings | None) -> bool:
     """Whether two settings ask for the same base and the same texts."""
-    return other is not None and one == replace(
-        other, adapter=one.adapter, local=one.local, hazards=one.hazards, cohort=one.cohort, wire=one.wire
-    )
+    names = (*WITHOUT_LOADING, "adapter", "cohort")
+    return other is not None and one == replace(other, **{name: getattr(one, name) for name in names})
 
 
 def _survey(texts: Texts, max_length: int) -> str:

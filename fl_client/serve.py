@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
 from fl_client.memory import Memory
+from fl_client.personal import keep_back, with_part
 from fl_client.questions import NEED_STATE, Answer, Question
 from fl_client.site import OnStep, Site
 from vblora.errors import UnknownStateError, WireError
@@ -31,19 +32,12 @@ def answer(site: Site, questions: Sequence[Question], on_step: OnStep | None = N
     kind = questions[0].kind if questions else ""
     if kind == "train":
         yield from _train(site, questions, on_step)
-        return
-    for question in questions:
-        if kind == "evaluate":
-            state = _state(site, _memory(site, question), question.blob)
-            if state is None:
-                yield Answer(question.client, text=NEED_STATE)
-                continue
-            sums = site.evaluate(state, int(question.config["shard"]), int(question.config["shards"]))
-            yield Answer(question.client, metrics=sums)
-        elif kind == "hello":
-            yield Answer(question.client, text=_hello(site, question.client))
-        else:
-            yield Answer(question.client, text=site.describe())
+    elif kind == "evaluate":
+        yield from _evaluate(site, questions)
+    else:
+        for question in questions:
+            text = _hello(site, question.client) if kind == "hello" else site.describe()
+            yield Answer(question.client, text=text)
 
 
 def _train(site: Site, questions: Sequence[Question], on_step: OnStep | None) -> Iterator[Answer]:
@@ -64,24 +58,86 @@ def _train(site: Site, questions: Sequence[Question], on_step: OnStep | None) ->
         reference = reference or state
     if reference is None:
         return
+    frozen = {name for name in str(asked.config.get("frozen", "")).split(",") if name}
+    silent = frozen | site.settings.personal.parts
+    starts = {client: _own_state(site, memory, client, reference) for client in working}
     trained = site.train_clients(
         reference,
         working,
         round_number=number,
         scale=float(asked.config["lr-scale"]),
-        frozen=[name for name in str(asked.config.get("frozen", "")).split(",") if name],
+        frozen=frozen,
         on_step=_limited(asked, on_step),
+        starts=starts,
     )
     for client, result in trained:
         metrics = {"train-loss": result.loss, "examples": result.examples, "steps": result.steps}
-        yield Answer(client, _rounded(site, memory, client, reference, result.update), metrics)
+        update = _kept_back(site, memory, client, reference, starts[client], result.update)
+        yield Answer(client, _rounded(site, memory, client, reference, update, silent), metrics)
 
 
-def _rounded(site: Site, memory: Memory, client: int, reference: State, update: Update) -> bytes:
-    """An update as bytes; what rounding drops of it is kept for the client's next one."""
+def _evaluate(site: Site, questions: Sequence[Question]) -> Iterator[Answer]:
+    """Scores on shards of the common held-out texts, and where asked each client's own, in cohorts."""
+    states: dict[int, State] = {}
+    for question in questions:
+        state = _state(site, _memory(site, question), question.blob)
+        if state is None:
+            yield Answer(question.client, text=NEED_STATE)
+        else:
+            states[question.client] = state
+    asked = {question.client: question.config for question in questions if question.client in states}
+    sums = {
+        client: site.evaluate(states[client], int(config["shard"]), int(config["shards"]))
+        for client, config in asked.items()
+        if "shards" in config
+    }
+    own_states = {
+        client: _own_state(site, site.memory, client, states[client])
+        for client, config in asked.items()
+        if config.get("own")
+    }
+    # A site of its own has scored all its texts already, unless with another state.
+    own = {
+        client: sums[client]
+        for client, state in own_states.items()
+        if client in sums and state is states[client] and int(asked[client]["shards"]) == len(site.parts) == 1
+    }
+    own.update(site.evaluate_own({name: state for name, state in own_states.items() if name not in own}))
+    for client in asked:
+        told = {name.replace("eval-", "own-"): value for name, value in own.get(client, {}).items()}
+        yield Answer(client, metrics={**sums.get(client, {}), **told})
+
+
+def _own_state(site: Site, memory: Memory, client: int, reference: State) -> State:
+    """What a client trains from and is scored with: the reference, its own parts put in."""
+    if not site.settings.personal.parts:
+        return reference
+    return with_part(reference, memory.personal(client, reference.version))
+
+
+def _kept_back(
+    site: Site, memory: Memory, client: int, reference: State, start: State, update: Update
+) -> Update:
+    """An update without what is the client's own, which is kept."""
+    parts = site.settings.personal.parts
+    if not parts:
+        return update
+    public, part = keep_back(update, start, reference, parts)
+    memory.keep_personal(client, update.version + 1, part)
+    return public
+
+
+def _rounded(
+    site: Site, memory: Memory, client: int, reference: State, update: Update, silent: Collection[str]
+) -> bytes:
+    """An update as bytes; what rounding drops of it is kept for the client's next one.
+
+    Of the `silent` sections nothing is sent, not even what waited.
+    """
     wire, turn = site.settings.wire, update.version + 1
     noise = np.random.default_rng((site.settings.data.seed, turn, client + site.salt))
     waiting = memory.waiting(client, update.version) if wire.feedback else {}
+    waiting = {name: array for name, array in waiting.items() if name not in silent}
     rounded, dropped = round_update(update, reference, wire, waiting, noise)
     if wire.feedback:
         memory.keep_waiting(client, turn, dropped)

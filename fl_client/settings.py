@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from fl_client.hazards import HazardSettings
+from fl_client.personal import PersonalSettings
 from fl_client.train import LocalSettings
 from vblora.errors import ConfigError, raise_faults
 from vblora.rounding import WIRES, WireSettings, wire_settings
@@ -151,7 +152,7 @@ class SiteSettings:
         device: auto, cpu, cuda, ...
         dtype: of the base; auto, or a name of torch's.
         cohort: clients trained in one forward; 0 leaves it to be chosen.
-        data, adapter, local, hazards: see there.
+        data, adapter, local, personal, hazards: see there.
         wire: how updates are rounded.
         state: folder of what the clients keep between rounds; "" keeps it in the process. Never read from a
             run config: a server does not choose where a site writes.
@@ -164,6 +165,7 @@ class SiteSettings:
     data: DataSettings = field(default_factory=DataSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     local: LocalSettings = field(default_factory=LocalSettings)
+    personal: PersonalSettings = field(default_factory=PersonalSettings)
     hazards: HazardSettings = field(default_factory=HazardSettings)
     wire: WireSettings = WIRES["default"]
     state: str = ""
@@ -190,6 +192,7 @@ class SiteSettings:
             "data": DataSettings,
             "adapter": AdapterSettings,
             "local": LocalSettings,
+            "personal": PersonalSettings,
             "hazards": HazardSettings,
         }
         renamed = {**config, "steps": config.get("local-steps", LocalSettings.steps)}

@@ -16,9 +16,10 @@ from fl_client.batches import Examples, Shape, padding, plan_lengths, shard
 from fl_client.cohort import CohortSizer
 from fl_client.hazards import Fate
 from fl_client.memory import Memory
+from fl_client.scoring import evaluate, evaluate_cohort
 from fl_client.settings import SiteSettings
 from fl_client.tasks import Task
-from fl_client.train import Job, OnStep, Trained, evaluate, train_cohort
+from fl_client.train import Job, OnStep, Trained, train_cohort
 from vblora.model import AdaptedModel
 from vblora.spec import Blueprint
 from vblora.state import State
@@ -37,8 +38,10 @@ class Site:
         train: training texts of all its clients.
         parts: rows of `train` by client.
         test: held-out texts.
+        own: rows of `test` by client, for its own score.
         pad: token id of padding.
         sizer: splits clients into cohorts.
+        scorer: the same, for their own scores.
         versions: of the libraries and of the data.
         memory: what the clients keep between rounds.
         salt: of the draws of a site with one client, which has number 0 as at every other such site.
@@ -50,11 +53,16 @@ class Site:
     train: Examples
     parts: tuple[NDArray[np.int64], ...]
     test: Examples
+    own: tuple[NDArray[np.int64], ...]
     pad: int
     sizer: CohortSizer
+    scorer: CohortSizer
     versions: dict[str, str]
     memory: Memory
     salt: int = 0
+
+    def __post_init__(self) -> None:
+        self.settings.personal.check(self.blueprint)
 
     @property
     def blueprint(self) -> Blueprint:
@@ -89,6 +97,7 @@ class Site:
         scale: float,
         frozen: Collection[str] = (),
         on_step: OnStep | None = None,
+        starts: Mapping[int, State] | None = None,
     ) -> Iterator[tuple[int, Trained]]:
         """Train clients from one state, cohort after cohort; yields (client, what it did), in any order.
 
@@ -102,14 +111,16 @@ class Site:
             scale: of the learning rates.
             frozen: tensors that stay as they are.
             on_step: told the steps of each cohort.
+            starts: states of clients that have a part of their own.
         """
+        starts = starts or {}
 
         def train(clients: Sequence[int]) -> list[Trained]:
             return train_cohort(
                 self.model,
                 self.task,
                 state,
-                [self._job(client, steps[client], round_number) for client in clients],
+                [self._job(client, steps[client], round_number, starts.get(client)) for client in clients],
                 self.settings.local,
                 scale=scale,
                 frozen=frozen,
@@ -132,8 +143,27 @@ class Site:
         rows = shard(len(self.test), index, shards)
         return evaluate(self.model, self.task, state, self.test.take(rows), pad=self.pad)
 
-    def _job(self, client: int, steps: int, round_number: int) -> Job:
-        return Job(str(client), self.train.take(self.parts[client]), self._seed(client, round_number), steps)
+    def evaluate_own(self, states: Mapping[int, State]) -> Iterator[tuple[int, dict[str, float]]]:
+        """Sums of the task's metrics over each client's own held-out texts, under its own state."""
+        lengths = self.test.lengths
+        shapes = {client: _as_one_batch(lengths[self.own[client]]) for client in states}
+
+        def score(clients: Sequence[int]) -> list[dict[str, float]]:
+            return evaluate_cohort(
+                self.model,
+                self.task,
+                [states[client] for client in clients],
+                [self.test.take(self.own[client]) for client in clients],
+                pad=self.pad,
+            )
+
+        ordered = _by_work(shapes)
+        results = self.scorer.run(ordered, score, lambda group: padding([shapes[client] for client in group]))
+        yield from zip(ordered, results, strict=True)
+
+    def _job(self, client: int, steps: int, round_number: int, start: State | None) -> Job:
+        examples = self.train.take(self.parts[client])
+        return Job(str(client), examples, self._seed(client, round_number), steps, start)
 
     def _seed(self, client: int, round_number: int) -> tuple[int, ...]:
         return self.settings.data.seed, round_number, client + self.salt
@@ -148,6 +178,11 @@ class Site:
             rows = [(len(part), own[part].max()) for part in plan]
             shapes[client] = np.array(rows, np.int64).reshape(-1, 2)
         return shapes
+
+
+def _as_one_batch(lengths: NDArray[np.int64]) -> Shape:
+    """The shape of all texts in one batch; of none, no batch."""
+    return np.array([(len(lengths), lengths.max())] if len(lengths) else [], np.int64).reshape(-1, 2)
 
 
 def _by_work(shapes: Mapping[int, Shape]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Local training and evaluation of a cohort: C clients in one forward over one frozen base.
+"""Local training of a cohort: C clients in one forward over one frozen base.
 
 Alone is a cohort of one.
 """
@@ -12,20 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_client.batches import Examples, by_length, collate, plan_round
+from fl_client.batches import Examples, collate, plan_round
 from fl_client.optim import AdamW
-from fl_client.tasks import SUMS, Task
+from fl_client.tasks import Task
 from vblora.candidates import CHECK_EVERY
 from vblora.errors import raise_faults
 from vblora.model import AdaptedModel
 from vblora.state import State, Update
 
-__all__ = ["Job", "LocalSettings", "OnStep", "Trained", "evaluate", "train_cohort"]
+__all__ = ["Job", "LocalSettings", "OnStep", "Trained", "train_cohort"]
 
 # Called with (steps done, steps in all) of the cohort at work after each step; says True to stop there.
 OnStep = Callable[[int, int], bool | None]
-
-CPU_TOKENS, GPU_TOKENS = 1 << 10, 1 << 14  # of an evaluation batch
 
 # Learning rates of kinds without a bank.
 RATES: Mapping[str, float] = {"lora": 2e-3, "ffa-lora": 2e-3, "lora-xs": 4e-3, "uni-lora": 5e-3}
@@ -95,17 +93,20 @@ class Job:
         examples: its training texts.
         seed: names the draw of batches, such as (seed, round, client).
         steps: local steps, where they differ from the settings' (a straggler's).
+        start: what it starts from, where it has a part of its own; None is the reference.
     """
 
     client: str
     examples: Examples
     seed: tuple[int, ...]
     steps: int | None = None
+    start: State | None = None
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What one client did: its update, mean loss over its steps (nats), steps, and texts seen."""
+    """What one client did: its update, against what it started from; mean loss over its steps (nats), steps,
+    and texts seen."""
 
     update: Update
     loss: float
@@ -130,7 +131,7 @@ def train_cohort(
     Args:
         model: the base with the adapter in place; its binding is used and released.
         task: gives the losses.
-        state: the reference that every client starts from.
+        state: the reference that clients start from, each with its own parts put in if it has any.
         jobs: one a client.
         settings: the same for all.
         scale: of the learning rates in this round.
@@ -142,7 +143,8 @@ def train_cohort(
         plan_round(job.examples, job.steps or settings.steps, settings.batch_size, job.seed) for job in jobs
     ]
     optimiser = AdamW(settings.rates(model.blueprint.spec.kind, scale), settings.clip_norm)
-    tensors = model.load(state, len(jobs))
+    starts = [job.start or state for job in jobs]
+    tensors = model.load(*starts)
     start = {name: tensors[name].detach().clone() for name in state.dense} if settings.prox else {}
     steps = max(len(plan) for plan in plans)
     lengths = torch.tensor([len(plan) for plan in plans], device=model.device)
@@ -169,39 +171,11 @@ def train_cohort(
     _make_room(model, tensors, optimiser)
     plans = [plan[:done] for plan in plans]
     mean_losses = (total / lengths.clamp(max=done)).tolist()
-    updates = _updates(model, tensors, state, [sum(map(len, plan)) for plan in plans])
+    updates = _updates(model, tensors, starts, state, [sum(map(len, plan)) for plan in plans])
     return [
         Trained(update, loss, len(plan), update.examples)
         for update, loss, plan in zip(updates, mean_losses, plans, strict=True)
     ]
-
-
-@torch.no_grad()
-def evaluate(
-    model: AdaptedModel,
-    task: Task,
-    state: State,
-    examples: Examples,
-    *,
-    batch_tokens: int | None = None,
-    pad: int = 0,
-) -> dict[str, float]:
-    """Sums of the task's metrics over `examples`, zeros without any, under one state; batched by length.
-
-    `batch_tokens` are the tokens of a batch at most; None takes what keeps a CPU's caches, or a GPU, busy.
-    """
-    most = batch_tokens or (CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS)
-    sums: dict[str, float] = dict.fromkeys(SUMS, 0)
-    model.bind(model.load(state))
-    try:
-        for indices in by_length(examples, most):
-            batch = collate([(examples, indices)], pad, model.device)
-            logits = model(input_ids=batch.tokens, attention_mask=batch.mask).logits
-            for name, value in task.sums(logits, batch).items():
-                sums[name] += value
-    finally:
-        model.unbind()
-    return sums
 
 
 def _gradients(
@@ -235,7 +209,11 @@ def _make_room(model: AdaptedModel, tensors: dict[str, Tensor], optimiser: AdamW
 
 
 def _updates(
-    model: AdaptedModel, tensors: Mapping[str, Tensor], state: State, examples: Sequence[int]
+    model: AdaptedModel,
+    tensors: Mapping[str, Tensor],
+    starts: Sequence[State],
+    state: State,
+    examples: Sequence[int],
 ) -> list[Update]:
     finals = {name: tensors[name].detach().float().cpu().numpy() for name in state.dense}
     selections = model.source.selections(tensors)
@@ -244,8 +222,8 @@ def _updates(
             version=state.version,
             reference=state.digest,
             examples=seen,
-            dense={name: finals[name][client] - state.dense[name] for name in state.dense},
+            dense={name: finals[name][client] - start.dense[name] for name in start.dense},
             topk=selections[client],
         )
-        for client, seen in enumerate(examples)
+        for client, (start, seen) in enumerate(zip(starts, examples, strict=True))
     ]

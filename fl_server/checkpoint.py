@@ -19,7 +19,7 @@ from vblora.files import load_state, safetensors_bytes, save_state, write_atomic
 from vblora.spec import Blueprint
 from vblora.state import State
 
-__all__ = ["load_newest", "require_same", "restore", "save_checkpoint"]
+__all__ = ["load_newest", "require_same", "restore", "run_name", "save_checkpoint"]
 
 Floats = NDArray[np.float32]
 
@@ -85,6 +85,20 @@ def restore(out: Path, state: State, broadcast: Broadcast) -> str:
         return str(known["run"])
     except (OSError, SafetensorError, KeyError, ValueError):
         return ""
+
+
+def run_name(out: Path, version: int) -> str:
+    """The name by which the clients of a run keep what they remember.
+
+    Raises:
+        RunError: the checkpoint of that version lacks it.
+    """
+    path = _server_file(_folder(out) / f"round-{version:05d}.safetensors")
+    try:
+        with safe_open(path, "np") as file:
+            return str((file.metadata() or {})["run"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); it tells where the clients' parts are") from error
 
 
 def require_same(found: Blueprint, expected: Blueprint, out: Path) -> None:

@@ -1,22 +1,26 @@
-"""The score of a state: clients sum over shards of a common test set, the server adds the sums."""
+"""The score of a state: clients sum over shards of a common test set, the server adds the sums.
+
+Beside it, on request, each client's own score: on its own held-out texts, with the parts that it keeps.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fl_server.exchange import Reply, Request, client_order
+from fl_server.exchange import Reply, Request, Scalar, client_order
 from vblora.errors import UpdateError
 
-__all__ = ["EVALUATORS", "ShardSums", "add_shards", "shard_requests"]
+__all__ = ["EVALUATORS", "ShardSums", "add_shards", "evaluation_requests", "mean_and_spread"]
 
 EVALUATORS = 10  # at most: the test set is common, more clients would only make its shards smaller
 
 
 @dataclass(frozen=True)
 class ShardSums:
-    """Sums over texts of the test set. In a reply their names are "eval-examples" and so on.
+    """Sums over texts. In a reply their names are "eval-examples" and so on; "own-examples" of its own texts.
 
     Attributes:
         examples: texts.
@@ -29,8 +33,8 @@ class ShardSums:
     correct: int
 
     @classmethod
-    def read(cls, reply: Reply) -> ShardSums:
-        """Read a reply.
+    def read(cls, reply: Reply, kind: str = "eval") -> ShardSums:
+        """Read a reply; `kind` is "eval" or "own".
 
         Raises:
             UpdateError: it is an error, lacks a sum, or holds one that cannot be.
@@ -39,21 +43,33 @@ class ShardSums:
             raise UpdateError(f"evaluation: {reply.error}")
         told = reply.metrics
         try:
-            sums = cls(int(told["eval-examples"]), float(told["eval-loss-sum"]), int(told["eval-correct"]))
+            sums = cls(
+                int(told[f"{kind}-examples"]), float(told[f"{kind}-loss-sum"]), int(told[f"{kind}-correct"])
+            )
         except (KeyError, ValueError, OverflowError) as error:
             raise UpdateError(f"evaluation: metrics {dict(told)!r:.200} lack or misstate {error}") from error
         if not (math.isfinite(sums.loss_sum) and 0 <= sums.correct <= sums.examples < 1 << 53):
             raise UpdateError(f"evaluation: metrics are {dict(told)!r:.200}, expected finite sums")
         return sums
 
+    def score(self, metric: str) -> float:
+        """Accuracy, or mean loss; there must be texts."""
+        return (self.correct if metric == "accuracy" else self.loss_sum) / self.examples
 
-def shard_requests(clients: Sequence[str], number: int, run: str) -> list[Request]:
-    """Ask each of the first clients to evaluate its contiguous shard; the state is yet to be put in."""
-    names = clients[:EVALUATORS]
-    return [
-        Request(name, "evaluate", b"", {"round": number, "run": run, "shard": at, "shards": len(names)})
-        for at, name in enumerate(names)
-    ]
+
+def evaluation_requests(clients: Sequence[str], number: int, run: str, own: bool) -> list[Request]:
+    """Ask each of the first clients to evaluate its contiguous shard; with `own`, every client its own texts.
+
+    The state is yet to be put in.
+    """
+    shards = min(len(clients), EVALUATORS)
+    requests = []
+    for at, name in enumerate(clients if own else clients[:shards]):
+        config: dict[str, Scalar] = {"round": number, "run": run}
+        if at < shards:
+            config |= {"shard": at, "shards": shards}
+        requests.append(Request(name, "evaluate", b"", config | ({"own": True} if own else {})))
+    return requests
 
 
 def add_shards(shards: Mapping[str, ShardSums]) -> ShardSums:
@@ -64,3 +80,10 @@ def add_shards(shards: Mapping[str, ShardSums]) -> ShardSums:
         sum(shard.loss_sum for shard in ordered),
         sum(shard.correct for shard in ordered),
     )
+
+
+def mean_and_spread(scores: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation of clients' own scores, each client counting the same; None of nobody."""
+    if not scores:
+        return None, None
+    return statistics.fmean(scores), statistics.pstdev(scores)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -42,6 +43,9 @@ class Record(TypedDict):
     score: float | None  # None where the round was not evaluated
     eval_loss: float | None
     eval_examples: int
+    own: dict[str, float]  # each client's score on its own held-out texts, where that was asked for
+    own_mean: float | None  # over clients, each counting the same
+    own_std: float | None
     clients: int  # asked to train
     replies: int  # usable ones
     rejected: list[RejectedReply]  # in training and evaluation
@@ -65,6 +69,9 @@ def blank_record(number: int) -> Record:
         "score": None,
         "eval_loss": None,
         "eval_examples": 0,
+        "own": {},
+        "own_mean": None,
+        "own_std": None,
         "clients": 0,
         "replies": 0,
         "rejected": [],
@@ -169,7 +176,7 @@ def summarise(settings: ServerSettings, roster: Roster, task: Task, records: lis
         "clients": len(roster.clients),
         "rounds": len(trained),
         "seed": settings.seed,
-        "score": _score(task, records),
+        "score": {**_score(task, records), **_own_score(records, roster.clients, settings.late_clients)},
         "bytes": {
             "up_per_client_round": _per(sum(sum(sizes.values()) for sizes in sections), replies),
             "down_per_client_round": _per(down, asked),
@@ -203,6 +210,21 @@ def _score(task: Task, records: list[Record]) -> dict[str, Any]:
         "best": best(scores, default=None),
         "last3": sum(last) / len(last) if last else None,
     }
+
+
+def _own_score(records: list[Record], clients: Sequence[str], late: int) -> dict[str, float]:
+    """Clients' own scores at the end, the mean of the last three, and that of the late ones.
+
+    Nothing where nobody was asked.
+    """
+    means = [mean for record in records if (mean := record["own_mean"]) is not None]
+    spreads = [spread for record in records if (spread := record["own_std"]) is not None]
+    if not means:
+        return {}
+    last, own = means[-3:], records[-1]["own"]
+    newcomers = [own[name] for name in clients[len(clients) - late :] if name in own]
+    of_late = {"own_late": sum(newcomers) / len(newcomers)} if newcomers else {}
+    return {"own_mean": means[-1], "own_std": spreads[-1], "own_last3": sum(last) / len(last), **of_late}
 
 
 def _per(total: int, count: int) -> int:

@@ -18,8 +18,8 @@ from fl_server.asking import MAX_REASON, Inbox, Run, ask, ordered, rejected
 from fl_server.attendance import Attendance
 from fl_server.broadcast import Broadcast
 from fl_server.checkpoint import load_newest, require_same, restore, save_checkpoint
-from fl_server.evaluation import ShardSums, add_shards, shard_requests
-from fl_server.exchange import Exchange
+from fl_server.evaluation import ShardSums, add_shards, evaluation_requests, mean_and_spread
+from fl_server.exchange import Exchange, client_order
 from fl_server.handshake import Fault, Task, describe, meet, name_faults
 from fl_server.history import History, Record, blank_record, summarise
 from fl_server.observer import LogObserver, Observer
@@ -58,6 +58,11 @@ def run_rounds(
             f"{name_faults(roster.refused)}"
         )
     task = describe(exchange, roster, settings.wait_seconds)
+    if settings.freeze_bank and task.blueprint.topk_shape is None:
+        raise RunError(
+            f"freeze-bank is {settings.freeze_bank}, but a {task.blueprint.spec.kind} adapter would have "
+            "nothing left to train; leave it out"
+        )
 
     # Step 2: the state to go on from. Round 0 trains nothing: it evaluates the state that the seed gives.
     if settings.resume:
@@ -122,19 +127,24 @@ def _resume(task: Task, settings: ServerSettings, history: History) -> State:
 
 
 def _evaluate(run: Run, reference: Broadcast, record: Record) -> None:
-    """Score the reference on the common test set and fill in the record.
+    """Score the reference on the common test set, and clients on their own texts; fill in the record.
 
     A shard that fails is left out and named; the score then covers `eval_examples`.
     """
-    requests = shard_requests(_there(run), record["round"], run.name)
+    requests = evaluation_requests(_there(run), record["round"], run.name, run.settings.scores_own)
+    sharers = {request.client for request in requests if "shards" in request.config}
     inbox = Inbox(request.client for request in requests)
     shards: dict[str, ShardSums] = {}
+    own: dict[str, ShardSums] = {}
     faults: list[Fault] = []
     for reply in inbox.first_of(ask(run, reference, requests, inbox)):
         record["bytes"]["evaluate"] += len(reply.blob)
         fault = ""
         try:
-            shards[reply.client] = ShardSums.read(reply)
+            if reply.client in sharers:
+                shards[reply.client] = ShardSums.read(reply)
+            if run.settings.scores_own:
+                own[reply.client] = ShardSums.read(reply, "own")
         except UpdateError as error:
             fault = str(error)[:MAX_REASON]
             faults.append(Fault(reply.client, fault))
@@ -146,12 +156,20 @@ def _evaluate(run: Run, reference: Broadcast, record: Record) -> None:
     sums = add_shards(shards)
     if sums.examples:
         record["eval_examples"] = sums.examples
-        record["eval_loss"] = sums.loss_sum / sums.examples
-        accuracy = sums.correct / sums.examples
-        record["score"] = accuracy if run.task.metric == "accuracy" else record["eval_loss"]
+        record["eval_loss"] = sums.score("loss")
+        record["score"] = sums.score(run.task.metric)
     elif record["round"] == 0:  # nothing is lost yet: better to tell now than after a night of training
         why = name_faults(ordered(faults)) or "the test set is empty"
         raise RunError(f"evaluation: no client could evaluate the initial state: {why}")
+    record["own"] = {
+        name: own[name].score(run.task.metric) for name in sorted(own, key=client_order) if own[name].examples
+    }
+    if run.settings.scores_own and not record["own"] and record["round"] == 0:
+        raise RunError(
+            "own-scores: no client has held-out texts of its own; the held-out part must have the column "
+            "that the training texts are dealt by"
+        )
+    record["own_mean"], record["own_std"] = mean_and_spread(list(record["own"].values()))
 
 
 def _there(run: Run) -> list[str]:

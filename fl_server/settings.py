@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -25,6 +25,8 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "final_scale": (0, 1),
     "warmup_rounds": (0, 1_000_000),
     "eval_every": (1, 1_000_000),
+    "freeze_bank": (0, 1_000_000),
+    "late_clients": (0, 1_000_000),
     "wait_seconds": (0, 7 * 86400),
     "timeout_seconds": (0, 7 * 86400),
     "train_seconds": (0, 7 * 86400),
@@ -49,6 +51,11 @@ class ServerSettings:
         final_scale: the scale of the last round, where it is "cosine".
         warmup_rounds: over which the scale rises to 1.
         eval_every: rounds from one evaluation to the next; the start and the last round are always evaluated.
+        own_scores: score each client on held-out texts of its own, too; always done with a personal part.
+        personal: what clients keep for themselves, see `fl_client.personal`.
+        freeze_bank: the last round that trains the bank; after it every round trains what is left, and the
+            bank is not sent; 0 is never.
+        late_clients: the last so many clients train only once the bank is frozen.
         out: run directory.
         resume: go on with the run that is there.
         wait_seconds: for the clients to come, and to answer the first message; and, where fewer than
@@ -74,6 +81,10 @@ class ServerSettings:
     final_scale: float = 0.1
     warmup_rounds: int = 0
     eval_every: int = 1
+    own_scores: bool = False
+    personal: str = "none"
+    freeze_bank: int = 0
+    late_clients: int = 0
     out: str = "runs/fedvb"
     resume: bool = False
     wait_seconds: float = 600.0
@@ -104,7 +115,19 @@ class ServerSettings:
 
     def frozen(self, number: int) -> str:
         """Names of the tensors that clients leave alone in a round, by comma."""
+        if 0 < self.freeze_bank < number:
+            return "bank"
         return "" if (number - 1) % self.logits_every == 0 else "logits"
+
+    @property
+    def scores_own(self) -> bool:
+        """Whether evaluations ask each client for its own score."""
+        return self.own_scores or self.personal != "none"
+
+    def eligible(self, clients: Sequence[str], number: int) -> Sequence[str]:
+        """Those of the run's clients that a round may draw from."""
+        late = self.late_clients if number <= self.freeze_bank else 0
+        return clients[: len(clients) - late]
 
     def lr_scale(self, number: int) -> float:
         """What learning rates are multiplied with in a round, counted from 1: above 0, at most 1."""
@@ -141,6 +164,15 @@ class ServerSettings:
             yield (
                 f"quorum is {self.quorum} but clients-per-round is {self.clients_per_round}; "
                 "lower quorum or raise clients-per-round"
+            )
+        if not wrong & {"late_clients", "freeze_bank"} and self.late_clients and not self.freeze_bank:
+            yield f"late-clients is {self.late_clients} without freeze-bank; say after which round they come"
+        if not wrong & {"late_clients", "clients", "clients_per_round"} and (
+            self.late_clients > max(0, self.clients - self.clients_per_round)
+        ):
+            yield (
+                f"late-clients is {self.late_clients}, which leaves fewer than the {self.clients_per_round} "
+                "clients-per-round at first; lower one of them or raise clients"
             )
         if "clip_updates" not in wrong and 0 < self.clip_updates < 1:
             yield f"clip-updates is {self.clip_updates}, expected 0 (off) or at least 1"

@@ -94,6 +94,10 @@ def step_towards(
     kept: dict[str, Floats] = {}
     for name, array in mean.dense.items():
         change = array - reference.dense[name]
+        if not change.any():  # nobody trained it: it stays, with what is remembered of it
+            dense[name] = reference.dense[name]
+            kept |= {key: moments[key] for key in (f"first/{name}", f"second/{name}") if key in moments}
+            continue
         if settings.optimizer != "mean":
             first = moments.get(f"first/{name}", np.zeros_like(change))
             weight = 1 - settings.decay if settings.optimizer == "adam" else 1.0

@@ -38,7 +38,7 @@ def train_round(run: Run, reference: Broadcast, record: Record) -> None:
     number, settings = record["round"], run.settings
     run.attendance.new_round()
     while True:
-        there = run.attendance.gather(run.clients, number)
+        there = run.attendance.gather(settings.eligible(run.clients, number), number)
         names = sample_clients(there, settings.clients_per_round, settings.seed, number)
         harvest = Harvest(reference.state, run.task.blueprint, settings.clip_updates, settings.logit_mean)
         faults = _collect(run, reference, names, harvest, record)

@@ -108,12 +108,19 @@ def export(
     form: Annotated[
         Form, typer.Option(help="VB-LoRA in PEFT: full logits (can train on), or topk (small, predicts).")
     ] = Form.full,
+    client: Annotated[
+        int | None,
+        typer.Option(
+            metavar="INTEGER", help="Of this client, with the parts that it keeps for itself (--personal)."
+        ),
+    ] = None,
 ) -> None:
     """Write a run's adapter in a format that other tools load."""
     from simulations.export import export_run
 
-    saved = export_run(run, out, form=form.value)
-    console.print(f"{saved.what} of round {saved.version} -> {out}", markup=False, soft_wrap=True)
+    saved = export_run(run, out, form=form.value, client=client)
+    whose = "" if client is None else f" of client {client}"
+    console.print(f"{saved.what}{whose} of round {saved.version} -> {out}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Any
 
 from fl_client.hazards import HazardSettings
 from fl_client.partition import parse_partition
+from fl_client.personal import PersonalSettings
 from fl_client.settings import AdapterSettings, DataSettings, SiteSettings, from_config
 from fl_client.train import LocalSettings
 from fl_server.config_file import read_config
@@ -50,6 +51,7 @@ def default_config() -> Config:
         DataSettings,
         AdapterSettings,
         LocalSettings,
+        PersonalSettings,
         HazardSettings,
         ServerSettings,
         EngineSettings,

@@ -46,8 +46,13 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "rounds": (10, "Rounds of training."),
         "eval-every": (1, "Rounds between evaluations."),
         "eval-examples": (0, "Held-out texts to score on at most; 0 is all."),
+        "own-scores": (
+            False,
+            "Score each client on held-out texts of its own, too; always done with --personal.",
+        ),
         "dropout": (0.0, "Chance that a drawn client never answers."),
         "stragglers": (0.0, "Chance that one is stopped early."),
+        "late-clients": (0, "The last so many clients come only after --freeze-bank."),
     },
     "Adapter": {
         "adapter": ("vblora", "vblora, lora, ffa-lora, lora-xs, uni-lora or bank-only."),
@@ -74,6 +79,8 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "server-optimizer": ("mean", "What the server makes of a round's mean change: mean, momentum, adam."),
         "server-rate": (1.0, "Scale of the server's step."),
         "server-decay": (0.9, "Of what momentum and adam remember of earlier rounds."),
+        "personal": ("none", "What stays with each client, never sent: none, head, logits, or head,logits."),
+        "freeze-bank": (0, "Last round that trains the bank; then clients train what is left. 0 is never."),
         "clip-updates": (0.0, "Times the round's median that an update may reach; 0 is off."),
         "schedule": ("cosine", "Rates over rounds: cosine, root or constant."),
         "warmup-rounds": (0, "Rounds of warm-up."),

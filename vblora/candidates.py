@@ -73,8 +73,8 @@ class Candidates:
         self._tiers: list[Tier] = []
         self.reach = torch.zeros(rows, dtype=torch.int64, device=device)
 
-    def start(self, topk: TopK) -> Tensor:
-        """Logits that stand for a selection: the seeds, the chosen k lifted above the others. (N,) float32.
+    def start(self, *selections: TopK) -> Tensor:
+        """Logits (C, N) float32 that stand for C selections: the seeds, the chosen k lifted above the others.
 
         The lowest chosen logit comes to `margin` above the best that is not chosen, or keeps its seed where
         that is higher; the gaps place the others above it. Places beyond the chosen keep their seeds, which
@@ -82,12 +82,14 @@ class Candidates:
         """
         device = self.order.device
         self.order, self._tiers = self.order[: self.rows * self.width], []
-        self.reach = torch.from_numpy(topk.positions.max(axis=1).astype(np.int64) + 1).to(device)
-        flat = torch.from_numpy(self._seeds.copy()).flatten().to(device)
-        flat = torch.cat([flat, *self.grow()])
-        slots = self._slots_of(torch.from_numpy(topk.positions.astype(np.int64)).to(device))
-        flat[slots] = torch.from_numpy(anchored(self.spec, self._seeds, topk)).to(device)
-        return flat
+        furthest = np.max([topk.positions.max(axis=1) for topk in selections], axis=0)
+        self.reach = torch.from_numpy(furthest.astype(np.int64) + 1).to(device)
+        seeds = torch.from_numpy(self._seeds.copy()).flatten().to(device)
+        logits = torch.cat([seeds, *self.grow()]).repeat(len(selections), 1)
+        for flat, topk in zip(logits, selections, strict=True):
+            slots = self._slots_of(torch.from_numpy(topk.positions.astype(np.int64)).to(device))
+            flat[slots] = torch.from_numpy(anchored(self.spec, self._seeds, topk)).to(device)
+        return logits
 
     def select(self, logits: Tensor) -> Selection:
         """Choose the k largest of each row. logits: (C, N), any float dtype. Not differentiable.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vblora.errors import ModelError
 from vblora.layers import AdaptedLinear, HeadLinear
-from vblora.rows import spread
+from vblora.rows import stack
 from vblora.sources import row_source
 from vblora.spec import Blueprint, HeadTensor, Linear
 from vblora.state import State
@@ -123,14 +123,14 @@ class AdaptedModel:
             for name in dict.fromkeys(tensor.name.rsplit(".", 1)[0] for tensor in blueprint.head)
         }
 
-    def load(self, state: State, clients: int = 1) -> dict[str, Tensor]:
-        """Leaf tensors (C, ...) of `clients` clients that start from `state`: the source's own, and `head`.
+    def load(self, *states: State) -> dict[str, Tensor]:
+        """Leaf tensors (C, ...) of C clients, each starting from its own state: the source's, and `head`.
 
         They void those of the last call.
         """
-        tensors = self.source.load(state, clients)
+        tensors = self.source.load(*states)
         if self.blueprint.head_size:
-            tensors["head"] = spread(state.dense["head"], clients, self.device)
+            tensors["head"] = stack([state.dense["head"] for state in states], self.device)
         return tensors
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ live at a time: the next one voids the tensors of the last. VB-LoRA's is here, t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ from vblora.errors import ModelError
 from vblora.spec import Blueprint, VBLoRASpec
 from vblora.state import State, TopK
 
-__all__ = ["MixedRows", "RowSource", "mix", "spread"]
+__all__ = ["MixedRows", "RowSource", "mix", "stack"]
 
 Tensors = dict[str, Tensor]
 Floats = NDArray[np.float32]
@@ -30,8 +30,8 @@ Floats = NDArray[np.float32]
 class RowSource(Protocol):
     """Turns the trainable tensors of C clients into rows."""
 
-    def load(self, state: State, clients: int) -> Tensors:
-        """Leaf tensors for `clients` clients that all start from `state`: (C, ...) float32 on the device."""
+    def load(self, *states: State) -> Tensors:
+        """Leaf tensors for C clients, each starting from its own state: (C, ...) float32 on the device."""
 
     def rows(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """(C, S, b), differentiable."""
@@ -62,16 +62,20 @@ class MixedRows:
             raise ModelError(f"adapter {blueprint.spec.kind} has no bank to mix rows from")
         self._candidates = Candidates(blueprint.spec, blueprint.rows, device, width)
         self._device = device
-        self._start: tuple[TopK, Floats] | None = None
+        self._starts: list[tuple[TopK, Floats]] = []
 
-    def load(self, state: State, clients: int) -> Tensors:
-        if state.topk is None:
+    def load(self, *states: State) -> Tensors:
+        selections = [state.topk for state in states if state.topk is not None]
+        if len(selections) < len(states):
             raise ModelError("state of a vblora adapter lacks its selection")
-        logits = self._candidates.start(state.topk).unsqueeze(0)
-        self._start = state.topk, self._chosen(logits)[1][0]
+        apart = {id(topk): topk for topk in selections}  # most clients of a cohort start from one
+        which = [list(apart).index(id(topk)) for topk in selections]
+        logits = self._candidates.start(*apart.values())
+        chosen = self._chosen(logits)[1]
+        self._starts = [(topk, chosen[at]) for topk, at in zip(selections, which, strict=True)]
         return {
-            "bank": spread(state.dense["bank"], clients, self._device),
-            "logits": logits.repeat(clients, 1).requires_grad_(),
+            "bank": stack([state.dense["bank"] for state in states], self._device),
+            "logits": logits[which].requires_grad_(),
         }
 
     def rows(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -84,10 +88,11 @@ class MixedRows:
         return {"logits": torch.cat(grown)} if grown else {}
 
     def selections(self, tensors: Mapping[str, Tensor]) -> list[TopK | None]:
-        """What each client selects now; a row that did not move since `load` keeps the reference's bits."""
+        """What each client selects now; a row that did not move since `load` keeps its bits."""
+        found = zip(self._starts, *self._chosen(tensors["logits"]), strict=True)
         return [
-            self._restored(TopK(places, chosen[:, :1] - chosen[:, 1:]), chosen)
-            for places, chosen in zip(*self._chosen(tensors["logits"]), strict=True)
+            _restored(start, TopK(places, chosen[:, :1] - chosen[:, 1:]), chosen)
+            for start, places, chosen in found
         ]
 
     def _chosen(self, logits: Tensor) -> tuple[NDArray[np.int32], Floats]:
@@ -96,15 +101,15 @@ class MixedRows:
         chosen = logits.detach().gather(1, selection.slots.flatten(1)).view_as(selection.slots)
         return selection.places.int().cpu().numpy(), chosen.float().cpu().numpy()
 
-    def _restored(self, topk: TopK, chosen: Floats) -> TopK:
-        """`topk` with the reference's gaps where a row's chosen logits are those that `load` gave.
 
-        Gaps taken from logits are rounded, so an untouched row would come back another by its last bits.
-        """
-        assert self._start is not None
-        start, logits = self._start
-        same = (topk.positions == start.positions).all(axis=1) & (chosen == logits).all(axis=1)
-        return TopK(topk.positions, np.where(same[:, None], start.gaps, topk.gaps))
+def _restored(start: tuple[TopK, Floats], topk: TopK, chosen: Floats) -> TopK:
+    """`topk` with the gaps that it started with where a row's chosen logits are those that `load` gave.
+
+    Gaps taken from logits are rounded, so an untouched row would come back another by its last bits.
+    """
+    before, logits = start
+    same = (topk.positions == before.positions).all(axis=1) & (chosen == logits).all(axis=1)
+    return TopK(topk.positions, np.where(same[:, None], before.gaps, topk.gaps))
 
 
 def mix(bank: Tensor, logits: Tensor, slots: Tensor, order: Tensor) -> Tensor:
@@ -133,7 +138,7 @@ def mix(bank: Tensor, logits: Tensor, slots: Tensor, order: Tensor) -> Tensor:
     return mixed.view(clients, rows, b)
 
 
-def spread(array: Floats, clients: int, device: torch.device) -> Tensor:
-    """One array as a leaf tensor (C, ...) with a copy for each client."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array)).to(device)
-    return tensor.expand(clients, *tensor.shape).clone().requires_grad_()
+def stack(arrays: Sequence[Floats], device: torch.device) -> Tensor:
+    """The arrays of C clients as one leaf tensor (C, ...); one that several share goes to the device once."""
+    moved = {id(array): torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays}
+    return torch.stack([moved[id(array)] for array in arrays]).requires_grad_()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vblora import seeded
-from vblora.rows import MixedRows, RowSource, Tensors, mix, spread
+from vblora.rows import MixedRows, RowSource, Tensors, mix, stack
 from vblora.spec import BankOnlySpec, Blueprint, FFALoRASpec, LoRASpec, LoRAXSSpec, UniLoRASpec, VBLoRASpec
 from vblora.state import State, TopK, lora_rows
 
@@ -39,10 +39,9 @@ class DenseRows:
     device: torch.device
     compose: Compose
 
-    def load(self, state: State, clients: int) -> Tensors:
-        return {
-            name: spread(array, clients, self.device) for name, array in state.dense.items() if name != "head"
-        }
+    def load(self, *states: State) -> Tensors:
+        names = [name for name in states[0].dense if name != "head"]
+        return {name: stack([state.dense[name] for state in states], self.device) for name in names}
 
     def rows(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.compose(tensors)

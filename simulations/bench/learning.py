@@ -80,7 +80,10 @@ def prepare(configs: list[Config], texts: Path) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """One line a setting: mean and spread of the scores over seeds, bytes up; best first."""
+    """One line a setting: mean and spread of the scores over seeds, bytes up; best first.
+
+    Where clients were scored on their own texts, their mean (`own`) and spread follow, and `own` decides.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         key = json.dumps(
@@ -88,21 +91,33 @@ def table(results: list[dict[str, Any]]) -> str:
         )
         groups.setdefault(key, []).append(result)
     common = set.intersection(*(set(json.loads(key).items()) for key in groups)) if groups else set()
-    lines = [f"{'last3':>7} {'±':>6} {'best':>7} {'up kB':>8} {'n':>2}  settings"]
+    own = bool(results) and all("own_last3" in run["score"] for run in results)
+    better = -1 if results and results[0]["score"]["metric"] == "loss" else 1
     ranked = sorted(
-        groups.items(), key=lambda item: -statistics.mean(run["score"]["last3"] for run in item[1])
+        groups.items(), key=lambda item: -better * _mean(item[1], "own_last3" if own else "last3")
     )
+    columns = f"{'own':>7} {'±':>6} {'spread':>6} " if own else ""
+    lines = [f"{columns}{'last3':>7} {'±':>6} {'best':>7} {'up kB':>8} {'n':>2}  settings"]
     for key, runs in ranked:
-        last3 = [run["score"]["last3"] for run in runs]
-        best = statistics.mean(run["score"]["best"] for run in runs)
-        spread = statistics.stdev(last3) if len(last3) > 1 else 0.0
         sent = statistics.mean(run["bytes"]["up_per_client_round"] for run in runs) / 1000
         differing = {name: value for name, value in json.loads(key).items() if (name, value) not in common}
         shown = " ".join(f"{name}={value}" for name, value in differing.items())
+        columns = f"{_cells(runs, 'own_last3')} {_mean(runs, 'own_std'):6.4f} " if own else ""
         lines.append(
-            f"{statistics.mean(last3):7.4f} {spread:6.4f} {best:7.4f} {sent:8.1f} {len(runs):2}  {shown}"
+            f"{columns}{_cells(runs, 'last3')} {_mean(runs, 'best'):7.4f} {sent:8.1f} {len(runs):2}  {shown}"
         )
     return "\n".join(lines)
+
+
+def _mean(runs: list[dict[str, Any]], name: str) -> float:
+    found: list[float] = [run["score"][name] for run in runs]
+    return statistics.mean(found)
+
+
+def _cells(runs: list[dict[str, Any]], name: str) -> str:
+    """Mean and spread over seeds."""
+    found = [run["score"][name] for run in runs]
+    return f"{_mean(runs, name):7.4f} {statistics.stdev(found) if len(found) > 1 else 0.0:6.4f}"
 
 
 def main(arguments: list[str] | None = None) -> None:

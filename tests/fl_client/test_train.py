@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fl_client.batches import Batch, Examples, collate, plan_round
+from fl_client.scoring import evaluate
 from fl_client.tasks import SUMS, CausalLM, Classification, Task
-from fl_client.train import RATES, Job, LocalSettings, Trained, evaluate, train_cohort
+from fl_client.train import RATES, Job, LocalSettings, Trained, train_cohort
 from tests.vblora.tiny import KINDS, LABELS, LORA, VBLORA, VOCABULARY, adapt, make_base, make_state
 from vblora.errors import ConfigError, UpdateError
 from vblora.model import AdaptedModel

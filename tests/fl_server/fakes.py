@@ -64,17 +64,20 @@ class FakeClient:
         self.held[state.digest] = state
         if request.kind == "train":
             return self.train(state, request)
-        assert request.config["shard"] in range(int(request.config["shards"]))
         examples = 7 + len(self.name)
-        correct = int(state.digest[0]) % examples
-        return Reply(
-            self.name,
-            metrics={
-                "eval-examples": examples,
-                "eval-loss-sum": float(np.abs(state.dense["bank"]).sum()) + examples,
-                "eval-correct": correct,
-            },
-        )
+        sums = {
+            "examples": examples,
+            "loss-sum": float(np.abs(state.dense["bank"]).sum()) + examples,
+            "correct": int(state.digest[0]) % examples,
+        }
+        metrics: dict[str, float] = {}
+        if "shards" in request.config:
+            assert request.config["shard"] in range(int(request.config["shards"]))
+            metrics |= {f"eval-{name}": value for name, value in sums.items()}
+        if request.config.get("own"):
+            own = {"examples": int(self.name) % 5, "loss-sum": 1.0, "correct": min(1, int(self.name) % 5)}
+            metrics |= {f"own-{name}": value for name, value in own.items()}
+        return Reply(self.name, metrics=metrics)
 
     def hello(self) -> dict[str, Any]:
         return {

@@ -141,6 +141,46 @@ def test_more_than_ten_clients_evaluate_with_ten(tmp_path: Path):
     assert sorted(evaluated, key=int) == [str(number) for number in range(10) for _ in range(2)]
 
 
+@pytest.mark.parametrize("asked", [{"own_scores": True}, {"personal": "head"}])
+def test_own_scores_of_all_clients(tmp_path: Path, asked: dict[str, Any]):
+    """Client 5 n has no texts of its own: it is left out of the mean."""
+    exchange = make_exchange(13)
+    summary = run(tmp_path, exchange, clients=13, rounds=1, **asked)
+    assert sum(kind == "evaluate" for kind, _ in exchange.asked) == 26
+    expected = {str(name): 1 / (name % 5) for name in range(13) if name % 5}
+    for record in read_history(tmp_path):
+        assert list(record["own"].items()) == list(expected.items())
+        assert record["own_mean"] == pytest.approx(np.mean(list(expected.values())))
+        assert record["own_std"] == pytest.approx(np.std(list(expected.values())))
+    mean, spread = record["own_mean"], record["own_std"]
+    told = {name: value for name, value in summary["score"].items() if name.startswith("own")}
+    assert told == {"own_mean": mean, "own_std": spread, "own_last3": pytest.approx(mean)}
+    again = run(tmp_path / "again", make_exchange(13), clients=13, rounds=1)
+    assert again["score"] == {name: value for name, value in summary["score"].items() if name not in told}
+
+
+def test_own_scores_that_nobody_can_have_are_told_before_training(tmp_path: Path):
+    def bare(request: Request, reply: Reply) -> list[Reply]:
+        return [replace(reply, metrics={**reply.metrics, "own-examples": 0, "own-correct": 0})]
+
+    with pytest.raises(RunError, match="no client has held-out texts of its own"):
+        run(
+            tmp_path,
+            make_exchange(tamper=lambda *both: bare(*both) if both[1].metrics else [both[1]]),
+            own_scores=True,
+        )
+
+
+def test_late_clients_train_once_the_bank_is_frozen(tmp_path: Path):
+    exchange = make_exchange(5)
+    options = {"freeze_bank": 10, "late_clients": 2, "own_scores": True}
+    summary = run(tmp_path, exchange, rounds=20, eval_every=20, **options)
+    assert summary["score"]["own_late"] == pytest.approx((1 / 3 + 1 / 4) / 2)
+    trained = [name for kind, name in exchange.asked if kind == "train"]
+    assert set(trained[:30]) == {"0", "1", "2"}
+    assert set(trained[30:]) == {"0", "1", "2", "3", "4"}
+
+
 def test_metric_loss(tmp_path: Path):
     class Loss(FakeClient):
         def description(self) -> dict[str, Any]:

@@ -39,6 +39,15 @@ def test_tells_all_faults_together():
     )
 
 
+def test_late_clients_must_fit():
+    with pytest.raises(ConfigError, match="late-clients is 2 without freeze-bank"):
+        ServerSettings(late_clients=2)
+    with pytest.raises(
+        ConfigError, match="late-clients is 6, which leaves fewer than the 5 clients-per-round"
+    ):
+        ServerSettings(late_clients=6, freeze_bank=3)
+
+
 def test_schedule():
     cosine = ServerSettings(rounds=11, warmup_rounds=0, final_scale=0.2)
     assert [cosine.lr_scale(number) for number in (1, 6, 11)] == pytest.approx([1.0, 0.6, 0.2])
@@ -57,6 +66,11 @@ def test_logits_rest_between_their_rounds():
     assert {every.frozen(number) for number in range(1, 9)} == {""}
     third = ServerSettings(logits_every=3)
     assert [third.frozen(number) for number in range(1, 6)] == ["", "logits", "logits", "", "logits"]
+
+
+def test_a_frozen_bank_leaves_every_round_to_the_logits():
+    both = ServerSettings(logits_every=2, freeze_bank=3)
+    assert [both.frozen(number) for number in range(1, 7)] == ["", "logits", "", "bank", "bank", "bank"]
 
 
 def test_what_selections_are_averaged_by():

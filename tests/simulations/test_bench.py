@@ -218,6 +218,25 @@ def test_tables_need_no_rich(rich: bool, monkeypatch: pytest.MonkeyPatch, capsys
         assert shown.splitlines()[2:5] == ["name       ms", "one       1.2", "another  10.0"]
 
 
+def result(mean: float, own: float | None = None, metric: str = "accuracy", **config: Any) -> dict[str, Any]:
+    score: dict[str, Any] = {"metric": metric, "last3": mean, "best": mean}
+    if own is not None:
+        score |= {"own_last3": own, "own_std": 0.1}
+    return {"config": config, "score": score, "bytes": {"up_per_client_round": 2000}}
+
+
+def test_studies_rank_by_what_is_better():
+    def order(*results: dict[str, Any]) -> list[str]:
+        return [line.split()[-1] for line in learning.table(list(results)).splitlines()[1:]]
+
+    assert order(result(0.1, h=1), result(0.3, h=2), result(0.2, h=3)) == ["h=2", "h=3", "h=1"]
+    assert order(result(2.0, metric="loss", h=1), result(1.0, metric="loss", h=2)) == ["h=2", "h=1"]
+    assert order(result(0.3, 0.1, h=1), result(0.1, 0.3, h=2)) == ["h=2", "h=1"], "own scores decide"
+    assert order(result(0.3, h=1), result(0.1, 0.3, h=2)) == ["h=1", "h=2"], "unless some run has none"
+    seeds = learning.table([result(0.2, 0.5, h=1, seed=0), result(0.4, 0.7, h=1, seed=1)])
+    assert "0.6000 0.1414 0.1000  0.3000 0.1414" in seeds
+
+
 def test_every_part_prints_its_table_and_writes_its_numbers(
     fedvb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

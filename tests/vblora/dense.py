@@ -60,10 +60,10 @@ class DenseRows:
         self.spec = spec
         self.order, self.seeds = seeded_table(spec, self.blueprint.rows)
 
-    def load(self, state: State, clients: int) -> dict[str, Tensor]:
-        assert state.topk is not None
-        logits = start_logits(self.spec, self.seeds, state.topk).flatten().repeat(clients, 1)
-        bank = torch.from_numpy(state.dense["bank"]).repeat(clients, 1, 1)
+    def load(self, *states: State) -> dict[str, Tensor]:
+        selections = [state.topk for state in states if state.topk is not None]
+        logits = torch.stack([start_logits(self.spec, self.seeds, topk).flatten() for topk in selections])
+        bank = torch.from_numpy(np.stack([state.dense["bank"] for state in states]))
         return {"bank": bank.requires_grad_(), "logits": logits.requires_grad_()}
 
     def rows(self, tensors: Mapping[str, Tensor]) -> Tensor:

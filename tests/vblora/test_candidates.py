@@ -152,7 +152,7 @@ def test_a_start_selects_what_it_stands_for(case):
     spec, topk = case
     rows = len(topk.positions)
     candidates = Candidates(spec, rows, CPU)
-    logits = candidates.start(topk)
+    (logits,) = candidates.start(topk)
     selection = candidates.select(logits.unsqueeze(0))
     assert (selection.places[0].numpy() == topk.positions).all()
     assert (candidates.order[selection.slots[0]] == seeded_table(spec, rows)[0].gather(1, _long(topk))).all()
@@ -170,7 +170,7 @@ def test_a_start_keeps_all_other_seeds_and_its_distance_from_them(case):
     rows = len(topk.positions)
     candidates = Candidates(spec, rows, CPU)
     _, seeds = seeded_table(spec, rows)
-    logits = unfold(candidates, candidates.start(topk), seeds)
+    logits = unfold(candidates, candidates.start(topk)[0], seeds)
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, _long(topk), True)
     assert torch.equal(logits[~chosen], seeds[~chosen])
     lowest = logits.masked_fill(~chosen, torch.inf).amin(dim=1)
@@ -194,12 +194,36 @@ def test_a_start_leaves_nothing_of_the_last_one():
     deep = TopK(np.array([[3, 400], [0, 1], [77, 5]], np.int32), np.full((3, 1), 0.5, np.float32))
     near = TopK(np.array([[0, 1], [1, 0], [2, 3]], np.int32), np.full((3, 1), 0.5, np.float32))
     candidates = Candidates(spec, 3, CPU)
-    assert len(candidates.start(deep)) > 3 * WIDTH
+    assert candidates.start(deep).shape[1] > 3 * WIDTH
     again = candidates.start(near)
     fresh = Candidates(spec, 3, CPU)
     assert torch.equal(again, fresh.start(near))
     assert torch.equal(candidates.order, fresh.order)
     assert torch.equal(candidates.reach, fresh.reach)
+
+
+@settings(deadline=None, max_examples=60)
+@given(selections(), st.integers(2, 4), st.integers(0, 1 << 32))
+def test_clients_that_start_apart_have_what_each_has_alone(case, clients, draw):
+    spec, first = case
+    rows, k = first.positions.shape
+    rng = np.random.default_rng(draw)
+    starts = [first]
+    for _ in range(clients - 1):
+        reach = rng.integers(k, spec.num_vectors, endpoint=True)
+        positions = np.argsort(rng.random((rows, reach)), axis=1)[:, :k].astype(np.int32)
+        starts.append(TopK(positions, np.sort(rng.random((rows, k - 1)), axis=1).astype(np.float32)))
+    _, seeds = seeded_table(spec, rows)
+    together, alone = Candidates(spec, rows, CPU), Candidates(spec, rows, CPU)
+    logits = together.start(*starts)
+    places = together.select(logits).places
+    reach = together.reach
+    for client, topk in enumerate(starts):
+        expected = unfold(alone, alone.start(topk)[0], seeds)
+        assert torch.equal(unfold(together, logits[client], seeds), expected)
+        assert torch.equal(places[client], _long(topk))
+        assert (reach >= alone.reach).all()
+    assert torch.equal(reach, places.amax(dim=(0, 2)) + 1), "that of the client who reaches furthest"
 
 
 def test_logits_of_another_start_are_refused():
@@ -208,7 +232,7 @@ def test_logits_of_another_start_are_refused():
     near = candidates.start(TopK(np.array([[0, 1]], np.int32), np.ones((1, 1), np.float32)))
     candidates.start(TopK(np.array([[0, 400]], np.int32), np.ones((1, 1), np.float32)))
     with pytest.raises(ValueError, match="64 slots, expected 500"):
-        candidates.select(near.unsqueeze(0))
+        candidates.select(near)
 
 
 # --- Selecting and growing -----------------------------------------------------------
@@ -226,9 +250,7 @@ def test_a_row_with_a_nan_names_one_place_twice_and_does_not_grow():
     """Grown to h, the rows of a diverged client would not fit into memory; the server refuses it anyway."""
     spec = VBLoRASpec(num_vectors=500, topk=2)
     candidates = Candidates(spec, 3, CPU)
-    logits = candidates.start(TopK(np.array([[0, 1]] * 3, np.int32), np.ones((3, 1), np.float32))).repeat(
-        2, 1
-    )
+    logits = candidates.start(*[TopK(np.array([[0, 1]] * 3, np.int32), np.ones((3, 1), np.float32))] * 2)
     logits[1] = torch.nan  # a whole client
     logits[0, WIDTH + 5] = torch.nan  # one logit of another
     places = candidates.select(logits).places
@@ -254,7 +276,7 @@ def test_growth_keeps_up_with_the_fastest_that_rows_can_reach(h, k, clients, wid
     topk = TopK(positions, np.sort(rng.random((rows, k - 1)), axis=1).astype(np.float32))
     _, seeds = seeded_table(spec, rows)
     candidates = Candidates(spec, rows, CPU, width)
-    compact = candidates.start(topk).repeat(clients, 1)
+    compact = candidates.start(*[topk] * clients)
     dense = start_logits(spec, seeds, topk).repeat(clients, 1, 1)
     steps = h // k + 5
     for step in range(steps):

@@ -397,7 +397,7 @@ def test_training_is_that_of_vblora_of_peft():
 def test_a_cohort_gives_what_each_client_gets_alone(family, spec):
     clients, each = 3, 2
     model = adapt(make_base(family), spec)
-    tensors = model.load(make_state(model.blueprint), clients)
+    tensors = model.load(*[make_state(model.blueprint)] * clients)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for tensor in tensors.values():

@@ -168,7 +168,7 @@ def test_dense_logits_select_what_the_state_selects(spec: AdapterSpec):
     logits = torch.from_numpy(dense_logits(state, blueprint))
     assert logits.shape == (blueprint.rows, spec.num_vectors)
     source = MixedRows(blueprint, torch.device("cpu"))
-    tensors = source.load(state, 1)
+    tensors = source.load(state)
     slots = source._candidates.select(tensors["logits"]).slots[0]
     best, vectors = logits.topk(spec.topk)
     assert torch.equal(vectors.int(), source._candidates.order[slots].int())

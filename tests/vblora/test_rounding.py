@@ -140,6 +140,16 @@ def test_a_mean_that_changed_nothing_is_the_reference():
     assert state.topk.same_rows(start.topk).all()
 
 
+def test_a_section_that_nobody_trained_is_still_while_something_waits():
+    start = initial(BIG)
+    moved = State(1, {"bank": start.dense["bank"] + np.float32(0.003)}, start.topk)
+    reference, waiting = round_state(moved, start, start, WIRES["smallest"], {})
+    assert waiting["bank"].any()
+    state, later = round_state(replace(reference, version=2), reference, start, WIRES["smallest"], waiting)
+    assert state.dense["bank"] is reference.dense["bank"]
+    assert later["bank"] is waiting["bank"]
+
+
 def test_a_state_that_left_the_grid_goes_on_whole():
     start = initial(BIG)
     far = State(1, {"bank": start.dense["bank"] + np.float32(100.3)}, start.topk)

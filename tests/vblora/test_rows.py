@@ -105,7 +105,7 @@ def test_mixed_rows_are_the_formula(h):
     spec = replace(VBLORA, num_vectors=h)
     state = make_state(blueprint(spec))
     source = MixedRows(blueprint(spec), CPU)
-    rows = source.rows(source.load(state, 3))
+    rows = source.rows(source.load(*[state] * 3))
     expected = formula(torch.from_numpy(state.dense["bank"]), dense_logits(spec, state), spec.topk)
     for one in rows:
         torch.testing.assert_close(one, expected, rtol=1e-6, atol=1e-7)
@@ -115,7 +115,7 @@ def test_clients_do_not_touch_each_other():
     spec = replace(VBLORA, num_vectors=300)
     state = make_state(blueprint(spec))
     source = MixedRows(blueprint(spec), CPU)
-    tensors = source.load(state, 3)
+    tensors = source.load(*[state] * 3)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in tensors.values():
@@ -137,7 +137,7 @@ def test_clients_do_not_touch_each_other():
 def test_growth_changes_no_row():
     spec = replace(VBLORA, num_vectors=300)
     source = MixedRows(blueprint(spec), CPU, width=1)
-    tensors = source.load(initial_state(blueprint(spec)), 2)
+    tensors = source.load(*[initial_state(blueprint(spec))] * 2)
     with torch.no_grad():
         tensors["logits"][1, source._candidates.width - 1] = 9.0  # the last place that row 0 holds
     before = source.rows(tensors)
@@ -154,7 +154,7 @@ def test_what_was_not_trained_is_the_reference_to_the_bit(k):
     spec = replace(VBLORA, num_vectors=300, topk=k)
     state = make_state(blueprint(spec))
     source = MixedRows(blueprint(spec), CPU)
-    tensors = source.load(state, 2)
+    tensors = source.load(*[state] * 2)
     for found in source.selections(tensors):
         assert replace(state, topk=found).digest == state.digest
     if k == 1:
@@ -170,7 +170,7 @@ def test_what_was_not_trained_is_the_reference_to_the_bit(k):
 def test_selections_read_what_the_logits_say():
     spec = replace(VBLORA, num_vectors=30, topk=3)
     source = MixedRows(blueprint(spec), CPU)
-    tensors = source.load(initial_state(blueprint(spec)), 1)
+    tensors = source.load(initial_state(blueprint(spec)))
     with torch.no_grad():
         tensors["logits"].view(-1, 30)[4, [17, 2, 9]] = torch.tensor([5.0, 4.5, 3.0])
     (topk,) = source.selections(tensors)
@@ -185,13 +185,13 @@ def test_a_state_made_of_a_selection_has_the_rows_that_were_trained(k):
     """The levels of logits stay behind, the mixtures do not."""
     spec = replace(VBLORA, num_vectors=300, topk=k)
     source = MixedRows(blueprint(spec), CPU)
-    tensors = source.load(make_state(blueprint(spec)), 1)
+    tensors = source.load(make_state(blueprint(spec)))
     with torch.no_grad():
         tensors["logits"] += torch.randn(tensors["logits"].shape, generator=torch.Generator().manual_seed(0))
     rows = source.rows(tensors).detach()
     (topk,) = source.selections(tensors)
     bank = {"bank": tensors["bank"][0].detach().numpy()}
-    again = source.rows(source.load(State(1, bank, topk), 1))
+    again = source.rows(source.load(State(1, bank, topk)))
     torch.testing.assert_close(again, rows, rtol=1e-5, atol=1e-6)
 
 
@@ -201,7 +201,7 @@ def test_a_gpu_selects_grows_and_mixes_as_a_cpu_does():
     found = {}
     for device in ("cpu", "cuda"):
         source = MixedRows(blueprint(spec), torch.device(device), width=1)
-        tensors = source.load(initial_state(blueprint(spec)), 2)
+        tensors = source.load(*[initial_state(blueprint(spec))] * 2)
         with torch.no_grad():
             tensors["logits"][1, source._candidates.width - 1] = 9.0
         grown = source.growth()["logits"].expand(2, -1)
@@ -219,7 +219,7 @@ def test_a_gpu_selects_grows_and_mixes_as_a_cpu_does():
 def test_loaded_tensors_share_nothing():
     state = make_state(blueprint(VBLORA))
     kept = state.dense["bank"].copy()
-    tensors = MixedRows(blueprint(VBLORA), CPU).load(state, 2)
+    tensors = MixedRows(blueprint(VBLORA), CPU).load(*[state] * 2)
     with torch.no_grad():
         tensors["bank"][0] += 1
     assert (tensors["bank"][1].detach().numpy() == kept).all()
@@ -231,4 +231,4 @@ def test_a_source_refuses_what_it_cannot_mix():
     with pytest.raises(ModelError, match="lora has no bank"):
         MixedRows(blueprint(LORA), CPU)
     with pytest.raises(ModelError, match="lacks its selection"):
-        MixedRows(blueprint(VBLORA), CPU).load(replace(make_state(blueprint(VBLORA)), topk=None), 1)
+        MixedRows(blueprint(VBLORA), CPU).load(replace(make_state(blueprint(VBLORA)), topk=None))

@@ -36,7 +36,7 @@ def make_source(kind: str) -> tuple[Blueprint, DenseRows]:
 def test_a_dense_source_loads_its_sections_and_chooses_nothing(kind):
     blueprint, source = make_source(kind)
     state = make_state(blueprint)
-    tensors = source.load(state, 2)
+    tensors = source.load(*[state] * 2)
     assert {name: tensor.shape for name, tensor in tensors.items()} == {
         name: (2, *shape) for name, shape in blueprint.dense_shapes.items()
     }
@@ -51,7 +51,7 @@ def test_a_dense_source_loads_its_sections_and_chooses_nothing(kind):
 def test_gradients_are_those_of_differences(kind):
     _, source = make_source(kind)
     blueprint = Blueprint(KINDS[kind], LINEARS)
-    tensors = source.load(make_state(blueprint), 2)
+    tensors = source.load(*[make_state(blueprint)] * 2)
     (name,) = tensors
     values = tensors[name].detach().double()
     weights = torch.randn((2, blueprint.rows, blueprint.vector_length), dtype=torch.float64)
@@ -74,7 +74,7 @@ def test_a_stays_where_the_seed_put_it():
     lora = Blueprint(KINDS["lora"], LINEARS)
     start = initial_state(lora).dense["rows"]
     assert (lora_rows(blueprint) == start).all()
-    rows = source.rows(source.load(make_state(blueprint), 1))[0].detach().numpy()
+    rows = source.rows(source.load(make_state(blueprint)))[0].detach().numpy()
     for part in blueprint.slices:
         assert (rows[part.start : part.middle] == start[part.start : part.middle]).all()
         assert (rows[part.middle : part.stop] != 0).all()
@@ -86,13 +86,13 @@ def test_bank_only_is_vblora_at_its_start():
     state = initial_state(vblora)
     assert (initial_state(bank_only).dense["bank"] == state.dense["bank"]).all()
     theirs = MixedRows(vblora, CPU)
-    expected = theirs.rows(theirs.load(state, 1))
-    torch.testing.assert_close(source.rows(source.load(initial_state(bank_only), 1)), expected)
+    expected = theirs.rows(theirs.load(state))
+    torch.testing.assert_close(source.rows(source.load(initial_state(bank_only))), expected)
 
 
 def test_the_map_of_uni_lora_keeps_lengths():
     blueprint, source = make_source("uni-lora")
-    tensors = source.load(make_state(blueprint), 3)
+    tensors = source.load(*[make_state(blueprint)] * 3)
     rows = source.rows(tensors)
     assert np.unique(seeded.integers(7, "places", 384, 40)).size == 40  # every place is read
     torch.testing.assert_close(rows.flatten(1).norm(dim=1), tensors["theta"].norm(dim=1))

@@ -1,0 +1,75 @@
+"""Scores of a cohort: C clients' states on their own texts in one forward. Alone is a cohort of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_client.batches import Batch, Examples, by_length, collate
+from fl_client.tasks import SUMS, Task
+from vblora.model import AdaptedModel
+from vblora.state import State
+
+__all__ = ["CPU_TOKENS", "GPU_TOKENS", "evaluate", "evaluate_cohort"]
+
+CPU_TOKENS, GPU_TOKENS = 1 << 10, 1 << 14  # of a batch: what keeps a CPU's caches, or a GPU, busy
+
+
+def evaluate(
+    model: AdaptedModel,
+    task: Task,
+    state: State,
+    examples: Examples,
+    *,
+    batch_tokens: int | None = None,
+    pad: int = 0,
+) -> dict[str, float]:
+    """Sums of the task's metrics over `examples` under one state: `evaluate_cohort` of one."""
+    return evaluate_cohort(model, task, [state], [examples], batch_tokens=batch_tokens, pad=pad)[0]
+
+
+@torch.no_grad()
+def evaluate_cohort(
+    model: AdaptedModel,
+    task: Task,
+    states: Sequence[State],
+    parts: Sequence[Examples],
+    *,
+    batch_tokens: int | None = None,
+    pad: int = 0,
+) -> list[dict[str, float]]:
+    """Sums of the task's metrics of C clients, zeros for one without texts; batched by length.
+
+    Args:
+        model: the base with the adapter in place; its binding is used and released.
+        task: gives the sums.
+        states: what each client is scored with.
+        parts: the texts of each.
+        batch_tokens: of all clients together in a batch, at most; None takes what suits the device.
+        pad: token id of padding.
+    """
+    most = batch_tokens or (CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS)
+    plans = [by_length(examples, max(1, most // len(parts))) for examples in parts]
+    sums: list[dict[str, float]] = [dict.fromkeys(SUMS, 0) for _ in parts]
+    nothing = np.empty(0, np.int64)
+    model.bind(model.load(*states))
+    try:
+        for step in range(max(map(len, plans))):
+            rows = [plan[step] if step < len(plan) else nothing for plan in plans]
+            batch = collate(list(zip(parts, rows, strict=True)), pad, model.device)
+            logits = model(input_ids=batch.tokens, attention_mask=batch.mask).logits
+            for own, its_logits, its_batch in zip(sums, *_apart(logits, batch, len(parts)), strict=True):
+                for name, value in task.sums(its_logits, its_batch).items():
+                    own[name] += value
+    finally:
+        model.unbind()
+    return sums
+
+
+def _apart(logits: Tensor, batch: Batch, clients: int) -> tuple[list[Tensor], list[Batch]]:
+    """The logits and the batch of each client."""
+    cut = [tensor.chunk(clients) for tensor in (batch.tokens, batch.mask, batch.targets)]
+    return list(logits.chunk(clients)), [Batch(*of_client) for of_client in zip(*cut, strict=True)]
