@@ -96,6 +96,8 @@ def save_texts(path: Path, texts: Texts) -> None:
     arrays: dict[str, Any] = {}
     for name, examples in (("train", texts.train), ("test", texts.test)):
         arrays |= {f"{name}_{key}": getattr(examples, key) for key in ("tokens", "starts", "targets")}
+        if examples.begins is not None:
+            arrays[f"{name}_begins"] = examples.begins
     for name, dealt in (("part", texts.parts), ("own", texts.own)):
         arrays[f"{name}_ends"] = np.cumsum([len(part) for part in dealt])
         arrays[f"{name}_rows"] = np.concatenate(dealt)
@@ -114,7 +116,12 @@ def load_texts(path: Path) -> Texts:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             train, test = (
-                Examples(*(arrays[f"{name}_{key}"] for key in ("tokens", "starts", "targets")))
+                Examples(
+                    arrays[f"{name}_tokens"],
+                    arrays[f"{name}_starts"],
+                    arrays[f"{name}_targets"],
+                    arrays.get(f"{name}_begins"),
+                )
                 for name in ("train", "test")
             )
             parts, own = (

@@ -37,14 +37,21 @@ class Examples:
         starts: (n + 1,) int64, where each text starts; the last entry is the end.
         targets: (n,) int64. For classification the class; for language modelling the number of leading tokens
             (the prompt) that the loss leaves out.
+        begins: bool as `tokens`, true where a text begins, for packed rows that hold several; else None.
     """
 
     tokens: NDArray[np.int32]
     starts: Indices
     targets: Indices
+    begins: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def unit(self) -> str:
+        """What one example is, for people."""
+        return "training texts" if self.begins is None else "packed rows of training text"
 
     @property
     def lengths(self) -> Indices:
@@ -60,7 +67,8 @@ class Examples:
         lengths = self.starts[indices + 1] - self.starts[indices]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         places = np.arange(starts[-1]) + np.repeat(self.starts[indices] - starts[:-1], lengths)
-        return Examples(self.tokens[places], starts, self.targets[indices])
+        begins = None if self.begins is None else self.begins[places]
+        return Examples(self.tokens[places], starts, self.targets[indices], begins)
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,30 @@ class Batch:
         mask: (C * n, T) int64, 1 on tokens.
         targets: (C * n,) int64; for language modelling the number of prompt tokens. -100 where a row only
             fills up.
+        positions: (C * n, T) int64, for packed rows: each token's place in its own text; else None.
     """
 
     tokens: Tensor
     mask: Tensor
     targets: Tensor
+    positions: Tensor | None = None
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model is called with.
+
+        Where there is no mask, transformers keeps texts apart by positions that start anew; the padding
+        behind them is one more text.
+        """
+        if self.positions is None:
+            return {"input_ids": self.tokens, "attention_mask": self.mask}
+        return {"input_ids": self.tokens, "position_ids": self.positions}
+
+    def chunk(self, clients: int) -> list[Batch]:
+        """The batch of each client."""
+        cut = [tensor.chunk(clients) for tensor in (self.tokens, self.mask, self.targets)]
+        positions = [None] * clients if self.positions is None else self.positions.chunk(clients)
+        return [Batch(*own) for own in zip(*cut, positions, strict=True)]
 
 
 def plan_round(examples: Examples, steps: int, batch_size: int, seed: Sequence[int]) -> list[Indices]:
@@ -143,11 +170,21 @@ def collate(parts: Sequence[tuple[Examples, Indices]], pad: int, device: torch.d
     mask = np.zeros_like(tokens)
     mask[:, 0] = 1  # attention over nothing is NaN; rows that only fill up look at one pad token
     targets = np.full(len(tokens), IGNORED, np.int64)
+    begins = np.zeros(tokens.shape, np.bool_) if parts[0][0].begins is not None else None
     for client, (examples, indices) in enumerate(parts):
         own = slice(client * rows, client * rows + len(indices))
-        real = np.arange(longest) < lengths[client][:, None]
-        tokens[own][real] = examples.take(indices).tokens
+        real, taken = np.arange(longest) < lengths[client][:, None], examples.take(indices)
+        tokens[own][real] = taken.tokens
         mask[own][real] = 1
-        targets[own] = examples.targets[indices]
-    to = [torch.from_numpy(array).to(device, non_blocking=True) for array in (tokens, mask, targets)]
-    return Batch(*to)
+        targets[own] = taken.targets
+        if begins is not None:
+            begins[own][real] = taken.begins
+    arrays = [tokens, mask, targets] + ([] if begins is None else [_positions(begins, mask)])
+    return Batch(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+
+
+def _positions(begins: NDArray[np.bool_], mask: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Each token's place in its own text; padding counts as one."""
+    places = np.arange(begins.shape[1])
+    begins = begins | (np.diff(mask, axis=1, prepend=1) < 0)  # the first of the padding
+    return np.asarray(places - np.maximum.accumulate(np.where(begins, places, 0), axis=1), np.int64)

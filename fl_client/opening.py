@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -12,10 +13,12 @@ from fl_client.assembly import Texts, assemble, task_of
 from fl_client.base import Base, find_device, find_model, load_base, longest_text
 from fl_client.batches import Examples
 from fl_client.held_out import deal_held_out
+from fl_client.packed import pack, require_packable
 from fl_client.partition import parse_partition, partition
 from fl_client.settings import DataSettings, SiteSettings
 from fl_client.site import Site
 from fl_client.tables import Corpus, Table, load_corpus
+from fl_client.tasks import UNCUT
 from vblora.errors import ConfigError
 from vblora.versions import installed_versions
 
@@ -72,14 +75,21 @@ def _dealt(data: DataSettings) -> tuple[Corpus, list[NDArray[np.int64]]]:
     return corpus, partition(corpus.train, data.partition, data.clients, data.seed)
 
 
-def _tokenised(corpus: Corpus, parts: list[NDArray[np.int64]], base: Base, data: DataSettings) -> Texts:
+def _tokenised(corpus: Corpus, parts: Sequence[NDArray[np.int64]], base: Base, data: DataSettings) -> Texts:
     task = task_of(corpus.labels)
-    train = task.encode(base.tokenizer, corpus.train, data.max_length)
+    packing = data.pack and not corpus.labels and corpus.train.completion is None
+    most = UNCUT if packing else data.max_length
+    train = task.encode(base.tokenizer, corpus.train, most)
     held_out = _sample(corpus.test, data.eval_examples, data.seed)
-    test = task.encode(base.tokenizer, held_out, data.max_length)
-    _require_fit(base, train, test)
+    test = task.encode(base.tokenizer, held_out, most)
     by_group = parse_partition(data.partition).kind == "by"
     own = deal_held_out(corpus.train, parts, held_out, data.seed, by_group=by_group)
+    if packing:
+        require_packable(base)
+        train, parts = pack(train, parts, data.max_length)
+        nobodys = np.setdiff1d(np.arange(len(test)), np.concatenate(own))
+        test, (*own, _) = pack(test, [*own, nobodys], data.max_length)
+    _require_fit(base, train, test)
     return Texts(train, tuple(parts), test, tuple(own), corpus.labels, _versions(corpus))
 
 

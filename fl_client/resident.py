@@ -142,14 +142,14 @@ def _survey(texts: Texts, max_length: int) -> str:
     lengths = texts.train.lengths
     if not len(lengths):
         raise RunError("data: no text to train on")
-    told = [f"{len(lengths):,} training texts, {len(texts.test):,} held out"]
+    told = [f"{len(lengths):,} {texts.train.unit}, {len(texts.test):,} held out"]
     if texts.labels:
         counts = np.bincount(texts.train.targets, minlength=len(texts.labels))
         named = [f"{name} {count:,}" for name, count in zip(texts.labels, counts, strict=True)]
         told.append(f"{len(texts.labels)} labels ({', '.join(named[:8])}{', ...' if len(named) > 8 else ''})")
         if absent := int((counts == 0).sum()):
             told.append(f"{absent} labels without a text here")
-    cut = int((lengths >= max_length).sum())
+    cut = int((lengths >= max_length).sum()) if texts.train.begins is None else 0
     longest = f"longest {int(lengths.max())} tokens"
     told.append(longest + (f", {cut:,} texts at --max-length {max_length}" if cut else ""))
     return "; ".join(told)

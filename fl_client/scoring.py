@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fl_client.batches import Batch, Examples, by_length, collate
+from fl_client.batches import Examples, by_length, collate
 from fl_client.tasks import SUMS, Task
 from vblora.model import AdaptedModel
 from vblora.state import State
@@ -60,16 +59,10 @@ def evaluate_cohort(
         for step in range(max(map(len, plans))):
             rows = [plan[step] if step < len(plan) else nothing for plan in plans]
             batch = collate(list(zip(parts, rows, strict=True)), pad, model.device)
-            logits = model(input_ids=batch.tokens, attention_mask=batch.mask).logits
-            for own, its_logits, its_batch in zip(sums, *_apart(logits, batch, len(parts)), strict=True):
+            logits = model(**batch.inputs).logits.chunk(len(parts))
+            for own, its_logits, its_batch in zip(sums, logits, batch.chunk(len(parts)), strict=True):
                 for name, value in task.sums(its_logits, its_batch).items():
                     own[name] += value
     finally:
         model.unbind()
     return sums
-
-
-def _apart(logits: Tensor, batch: Batch, clients: int) -> tuple[list[Tensor], list[Batch]]:
-    """The logits and the batch of each client."""
-    cut = [tensor.chunk(clients) for tensor in (batch.tokens, batch.mask, batch.targets)]
-    return list(logits.chunk(clients)), [Batch(*of_client) for of_client in zip(*cut, strict=True)]

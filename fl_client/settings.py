@@ -42,7 +42,8 @@ class DataSettings:
             dev, test; "train" is a tenth carved off the training texts.
         eval_examples: held-out texts at most, drawn from the seed; 0 is all.
         max_examples: training texts at most; 0 is all, or 4,000 docstrings (reading them all takes a minute).
-        max_length: tokens of a text at most.
+        max_length: tokens of a text at most; of plain text that is packed, of a row.
+        pack: whether plain text is packed into full rows; prompts with completions and labelled texts never.
         partition: auto, iid, dirichlet:ALPHA or by:COLUMN.
         clients: parts that the training texts are dealt into.
         seed: of the sample and of the deal.
@@ -57,6 +58,7 @@ class DataSettings:
     eval_examples: int = 0
     max_examples: int = 0
     max_length: int = 128
+    pack: bool = True
     partition: str = "auto"
     clients: int = 10
     seed: int = 0

@@ -17,8 +17,9 @@ from vblora.errors import DataError
 if TYPE_CHECKING:  # reading tables needs `datasets`; training on tokens does not
     from fl_client.tables import Table
 
-__all__ = ["SUMS", "CausalLM", "Classification", "Task"]
+__all__ = ["SUMS", "UNCUT", "CausalLM", "Classification", "Task"]
 
+UNCUT = 1 << 31  # tokens: a text's length at most, where it will be packed
 END_OF_TEXT = "<|endoftext|>"  # at the end of completions that were written for GPT-2, as T0's are
 
 SUMS = ("eval-examples", "eval-loss-sum", "eval-correct")
@@ -126,6 +127,8 @@ class CausalLM:
         places = torch.arange(1, batch.tokens.shape[1], device=batch.tokens.device)
         leading = torch.where(batch.targets == IGNORED, batch.tokens.shape[1], batch.targets)
         real = (batch.mask[:, 1:] > 0) & (places >= leading.unsqueeze(1))
+        if batch.positions is not None:  # nothing in a packed row tells how its next text begins
+            real &= batch.positions[:, 1:] > 0
         wanted = torch.where(real, batch.tokens[:, 1:], IGNORED)
         wanted = functional.pad(wanted, (0, 1), value=IGNORED)
         losses = functional.cross_entropy(

@@ -193,7 +193,7 @@ def _gradients(
     batch = collate(parts, pad, model.device)
     model.bind(tensors)
     try:
-        logits = model(input_ids=batch.tokens, attention_mask=batch.mask).logits
+        logits = model(**batch.inputs).logits
         losses = task.losses(logits, batch, len(parts))
         found = torch.autograd.grad(losses.sum(), list(trained.values()))
     finally:

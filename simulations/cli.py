@@ -185,9 +185,9 @@ def _describe(site: Any, config: dict[str, Any]) -> None:
     sizes = ", ".join([f"rank {spec.rank}", *(f"{name} {size}" for name, size in given.items() if size)])
     facts = {
         "model": f"{config['model']} on {site.model.device}",
-        "data": f"{config['data']}: {len(site.train):,} training texts, {len(site.test):,} held out"
+        "data": f"{config['data']}: {len(site.train):,} {site.train.unit}, {len(site.test):,} held out"
         + (f", {len(blueprint.labels)} labels" if blueprint.labels else ""),
-        "clients": f"{len(site.parts)}, with {least:,} to {most:,} texts each; "
+        "clients": f"{len(site.parts)}, with {least:,} to {most:,} each; "
         f"{config['clients-per-round']} a round",
         "adapter": f"{spec.kind}, {sizes}: {blueprint.rows:,} rows in {len(blueprint.linears)} layers",
         "numbers": f"{blueprint.trained_parameters:,} trained, {blueprint.stored_parameters:,} sent "
