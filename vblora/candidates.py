@@ -3,7 +3,8 @@
 Untouched logits keep their seeded values, and these fall strictly along the row's seeded order. So beyond
 some place p (`reach`) every logit is a seeded one, and while p + k <= W the k largest of the first W places
 are the k largest of all h. One step touches at most k new places of a row, the next ones of its order. Hence:
-check every `CHECK_EVERY` steps, with room for the steps between, and a dense (S, h) is never built.
+ask every `CHECK_EVERY` steps whether a row is short of room, and a dense (S, h) is never built. An answer is
+read when the question is asked again, so that nothing waits for the device: there is room until then.
 
 All logits lie in one flat tensor (C, N): first W0 places of every row, then the further places of the few
 rows that outgrew them, appended as they grow. The flat index of a logit is its slot. The order is the same
@@ -28,7 +29,7 @@ __all__ = ["CHECK_EVERY", "Candidates", "Selection"]
 
 WIDTH = 64
 GROWTH = 4
-CHECK_EVERY = 8
+CHECK_EVERY = 4
 
 Floats = NDArray[np.float32]
 
@@ -66,12 +67,16 @@ class Candidates:
     def __init__(self, spec: VBLoRASpec, rows: int, device: torch.device, width: int = WIDTH) -> None:
         self.spec = spec
         self.rows = rows
-        self.width = min(spec.num_vectors, max(width, spec.topk * (CHECK_EVERY + 2)))
+        self._slack = spec.topk * (2 * CHECK_EVERY + 1)  # until the answer is read, one more for `start`
+        self.width = min(spec.num_vectors, max(width, self._slack + spec.topk))
         everything = np.arange(rows)
         self.order = self._drawn_order(everything, slice(0, self.width)).to(device)
         self._seeds = seeded.values(spec.seed, everything, spec.num_vectors, self.width, spec.init_std)
         self._tiers: list[Tier] = []
+        self._firsts = torch.arange(0, rows * self.width, self.width, device=device).view(1, -1, 1)
         self.reach = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._limits = self._reach_limits()
+        self._short = Answer(device)
 
     def start(self, *selections: TopK) -> Tensor:
         """Logits (C, N) float32 that stand for C selections: the seeds, the chosen k lifted above the others.
@@ -84,8 +89,10 @@ class Candidates:
         self.order, self._tiers = self.order[: self.rows * self.width], []
         furthest = np.max([topk.positions.max(axis=1) for topk in selections], axis=0)
         self.reach = torch.from_numpy(furthest.astype(np.int64) + 1).to(device)
+        self._limits = self._reach_limits()
         seeds = torch.from_numpy(self._seeds.copy()).flatten().to(device)
-        logits = torch.cat([seeds, *self.grow()]).repeat(len(selections), 1)
+        logits = torch.cat([seeds, *self._grow_now()]).repeat(len(selections), 1)
+        self._short.forget()
         for flat, topk in zip(logits, selections, strict=True):
             slots = self._slots_of(torch.from_numpy(topk.positions.astype(np.int64)).to(device))
             flat[slots] = torch.from_numpy(anchored(self.spec, self._seeds, topk)).to(device)
@@ -103,26 +110,34 @@ class Candidates:
                 f"logits have {logits.shape[1]} slots, expected {len(self.order)}: another start?"
             )
         places = _largest(logits[:, :first].view(clients, self.rows, self.width), self.spec.topk)
-        slots = places + torch.arange(0, first, self.width, device=places.device).view(1, -1, 1)
+        slots = places + self._firsts
         for tier in self._tiers:
             found = _largest(logits[:, tier.slots], self.spec.topk)
             places[:, tier.rows] = found
             slots[:, tier.rows] = tier.slots.expand(clients, -1, -1).gather(2, found)
-        self.reach = torch.maximum(self.reach, places.amax(dim=(0, 2)) + 1)
+        torch.maximum(self.reach, places.amax(dim=(0, 2)) + 1, out=self.reach)
         return Selection(places, slots)
 
     def grow(self) -> list[Tensor]:
-        """Make room for the next `CHECK_EVERY` selections where a row is short of it.
+        """Make room where a row is short of it. Call it every `CHECK_EVERY` selections, or sooner.
+
+        What is read is what the device found at the last call: there is room for the selections between.
 
         Returns:
             Seeded logits (n,) to append to the flat logits, in order; empty where nothing grew. Optimiser
             moments of appended logits are zero: what they would be had the logits been there all along.
         """
+        appended = self._grow_now() if self._short.read() else []
+        self._short.ask((self.reach > self._limits).any())
+        return appended
+
+    def _grow_now(self) -> list[Tensor]:
         appended = []
-        while len(short := self._short_rows()):
-            rows, widths = short, self._widths()[short]
+        while len(rows := (self.reach > self._limits).nonzero().flatten()):
+            widths = self._widths()[rows]
             for width in sorted(set(widths.tolist())):
                 appended.append(self._widen(rows[widths == width], width))
+            self._limits = self._reach_limits()
         return appended
 
     def _widths(self) -> Tensor:
@@ -132,12 +147,10 @@ class Candidates:
             widths[tier.rows] = tier.slots.shape[1]
         return widths
 
-    def _short_rows(self) -> Tensor:
-        if self.width == self.spec.num_vectors:
-            return self.reach[:0]
+    def _reach_limits(self) -> Tensor:
+        """(S,) how far each row may reach with the places that it holds."""
         widths = self._widths()
-        needed = self.reach + self.spec.topk * (CHECK_EVERY + 1)
-        return ((needed > widths) & (widths < self.spec.num_vectors)).nonzero().flatten()
+        return torch.where(widths < self.spec.num_vectors, widths - self._slack, self.spec.num_vectors)
 
     def _widen(self, rows: Tensor, width: int) -> Tensor:
         """Move rows of one width to the next; give the seeds of their new places."""
@@ -171,19 +184,39 @@ class Candidates:
         return slots
 
 
+class Answer:
+    """A truth that the device finds out and that is read later, without waiting for what was asked of it since."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._host = torch.zeros((), dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def ask(self, truth: Tensor) -> None:
+        self._host.copy_(truth, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> bool:
+        """The last truth asked for; False if none was."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._host)
+
+    def forget(self) -> None:
+        self.read()
+        self._host.zero_()
+
+
 def _largest(values: Tensor, k: int) -> Tensor:
     """(..., k) places of the k largest along the last axis, largest first, ties to the lower place.
 
-    `torch.topk` promises nothing about ties; k passes of maximum and first match do, on every device.
+    `torch.topk` promises nothing about ties; `max` names the first of them, on every device.
     """
-    width = values.shape[-1]
-    places = torch.arange(width, device=values.device)
     values = values.clone()
     found = []
     for _ in range(k):
-        best = values.amax(dim=-1, keepdim=True)
-        place = torch.where(values == best, places, width).amin(dim=-1, keepdim=True)
-        place %= width  # a row with a NaN matches nothing
+        best, place = values.max(dim=-1, keepdim=True)
+        place.masked_fill_(best.isnan(), 0)
         values.scatter_(-1, place, -torch.inf)
         found.append(place)
     return torch.cat(found, dim=-1)

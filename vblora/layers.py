@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-__all__ = ["AdaptedLinear", "HeadLinear"]
+from vblora.factors import Factors
+from vblora.lowrank import adapted
+from vblora.recompute import maker
+
+__all__ = ["AdaptedLinear", "HeadLinear", "SharedInput"]
 
 
 class AdaptedLinear(nn.Module):
@@ -21,14 +25,17 @@ class AdaptedLinear(nn.Module):
     Attributes:
         base: the frozen layer, any module from (..., in) to (..., out).
         scaling: s, 1 for VB-LoRA.
-        factors: A (C, r, in) and B transposed (C, r, out), in the base's compute dtype.
+        is_plain: whether the base is a frozen `nn.Linear`, whose product goes into one node with the rest.
+        shared, place: what holds its factors, alone or with others, and which of them it is.
     """
 
     def __init__(self, base: nn.Module, scaling: float) -> None:
         super().__init__()
         self.base = base
         self.scaling = scaling
-        self.factors: tuple[Tensor, Tensor] | None = None
+        self.is_plain = type(base) is nn.Linear and not base.weight.requires_grad
+        self.place = 0
+        self.shared = SharedInput([self])
 
     @property
     def weight(self) -> Tensor:
@@ -40,62 +47,74 @@ class AdaptedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base
-        if self.factors is None:
-            y: Tensor = base(x)
+        if self.shared.factors is None:
+            y: Tensor = self.base(x)
             return y
-        if type(base) is nn.Linear and not base.weight.requires_grad:
-            return _adapted(x, *self.factors, base.weight, base.bias, self.scaling)
-        a, b = self.factors
-        flat = base(x).reshape(len(a), -1, b.shape[-1])
-        inner = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.transpose(1, 2))
-        return torch.baddbmm(flat, inner, b, alpha=self.scaling).view(*x.shape[:-1], b.shape[-1])
+        return self.shared.output(self.place, x)
 
 
-class _Adapted(torch.autograd.Function):
-    """`W x + s B A x` over a frozen W in one node: the low-rank paths are added in place, both ways.
+class SharedInput:
+    """Layers that are given the same input, such as q, k and v: the first that is called computes all.
 
-    As plain operations it would take half a dozen nodes, a copy of y, and one more gradient of x to add.
-    Axes: C clients, m rows of each; x (C * m, in), a (C, r, in), b (C, r, out).
+    Which layers these are is guessed from their names. Where one turns out to be given another input than the
+    first (k and v of an attention to another text), each is computed by itself from then on.
+
+    Attributes:
+        layers: in the order in which the model calls them; one alone may be of any kind.
+        factors: A of all layers (C, R, in) and each B transposed (C, r, out), in the base's compute dtype.
+        recompute: whether the input is made anew in the backward pass where that is cheap, and not kept.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, scaling: float
-    ) -> Tensor:
-        clients = len(a)
-        y = functional.linear(x, weight, bias)
-        inner = torch.bmm(x.view(clients, -1, x.shape[-1]), a.transpose(1, 2))
-        if scaling != 1:
-            inner *= scaling
-        y.view(clients, -1, y.shape[-1]).baddbmm_(inner, b)
-        ctx.save_for_backward(x, a, b, weight, inner)
-        ctx.scaling = scaling
-        return y
+    def __init__(self, layers: Sequence[AdaptedLinear], recompute: bool = False) -> None:
+        self.layers = tuple(layers)
+        self.factors: Factors | None = None
+        self.recompute = recompute
+        self._together = len(self.layers) > 1
+        self._input: Tensor | None = None  # what `_ahead` was computed from
+        self._ahead: list[Tensor] = []  # outputs of the layers that are still to be called, the last first
+        for place, layer in enumerate(self.layers):
+            layer.shared, layer.place = self, place
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
-        x, a, b, weight, inner = ctx.saved_tensors
-        clients = len(a)
-        of_y = gradient.reshape(clients, -1, gradient.shape[-1])
-        of_inner = torch.bmm(of_y, b.transpose(1, 2))
-        if ctx.scaling != 1:
-            of_inner *= ctx.scaling
-        of_b = torch.bmm(inner.transpose(1, 2), of_y)
-        of_a = torch.bmm(of_inner.transpose(1, 2), x.view(clients, -1, x.shape[-1]))
-        if not ctx.needs_input_grad[0]:
-            return None, of_a, of_b, None, None, None
-        of_x = gradient.reshape(len(x), -1) @ weight
-        of_x.view(clients, -1, x.shape[-1]).baddbmm_(of_inner, a)
-        return of_x, of_a, of_b, None, None, None
+    def bind(self, factors: Factors | None) -> None:
+        """Take new factors, or None to be the frozen layers; forget what was computed ahead."""
+        self.factors, self._input, self._ahead = factors, None, []
 
+    def output(self, place: int, x: Tensor) -> Tensor:
+        """The output (C * n, ..., out) of one layer."""
+        if not self._together:
+            return self._alone(place, x)
+        if place == 0:
+            ys = self._computed(slice(None), x)
+            self._input, self._ahead = x, [*ys[:0:-1]]
+            return ys[0]
+        if x is self._input and place == len(self.layers) - len(self._ahead):
+            y = self._ahead.pop()
+            if not self._ahead:
+                self._input = None
+            return y
+        self._together, self._input, self._ahead = False, None, []
+        return self._alone(place, x)
 
-def _adapted(x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
-    """`_Adapted` for x of any shape (C * n, ..., in)."""
-    flat = x.reshape(-1, x.shape[-1])
-    y: Tensor = _Adapted.apply(flat, a, b, weight, bias, scaling)  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], -1)
+    def _alone(self, place: int, x: Tensor) -> Tensor:
+        layer = self.layers[place]
+        if layer.is_plain:
+            return self._computed(slice(place, place + 1), x)[0]
+        assert self.factors is not None
+        a, (b,) = self.factors
+        flat = layer.base(x).reshape(len(a), -1, b.shape[-1])
+        inner = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.transpose(1, 2))
+        return torch.baddbmm(flat, inner, b, alpha=layer.scaling).view(*x.shape[:-1], b.shape[-1])
+
+    def _computed(self, places: slice, x: Tensor) -> tuple[Tensor, ...]:
+        assert self.factors is not None
+        a, bs = self.factors
+        bases: list[Any] = [layer.base for layer in self.layers[places]]
+        if len(bases) < len(bs):
+            rank = bs[0].shape[1]
+            a, bs = a[:, places.start * rank : places.stop * rank], bs[places]
+        weights, biases = [base.weight for base in bases], [base.bias for base in bases]
+        again = maker(x) if self.recompute else None
+        return adapted(x, a, bs, weights, biases, self.layers[0].scaling, again)
 
 
 class HeadLinear(nn.Module):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vblora.errors import ModelError
-from vblora.layers import AdaptedLinear, HeadLinear
+from vblora.factors import Cutter
+from vblora.layers import AdaptedLinear, HeadLinear, SharedInput
 from vblora.rows import stack
 from vblora.sources import row_source
 from vblora.spec import Blueprint, HeadTensor, Linear
@@ -19,6 +21,16 @@ from vblora.weights import dense_weight
 __all__ = ["AdaptedModel", "describe_base", "find_head", "find_linears"]
 
 ALL_LINEAR = "all-linear"
+
+# Names of layers that one module gives the same input, in the order of its calls.
+SHARING = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+)
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -91,6 +103,12 @@ class AdaptedModel:
 
     The base's modules are wrapped where they stand; its own parameters are frozen and never change.
 
+    Args:
+        base: the model.
+        blueprint: what its tensors mean.
+        recompute: keep no input of an adapted layer that the backward pass can make from what autograd keeps
+            for the base anyway (outputs of norms, silu * up): less memory, a few more products a step.
+
     Raises:
         ModelError: the base lacks a layer that the blueprint names, or has it in another size.
 
@@ -100,7 +118,7 @@ class AdaptedModel:
         source: makes rows from tensors.
     """
 
-    def __init__(self, base: nn.Module, blueprint: Blueprint) -> None:
+    def __init__(self, base: nn.Module, blueprint: Blueprint, *, recompute: bool = False) -> None:
         if faults := list(_misfits(base, blueprint)):
             raise ModelError("base model does not fit the adapter: " + "; ".join(faults))
         self.base = base.eval().requires_grad_(False)
@@ -112,12 +130,15 @@ class AdaptedModel:
         self.device = parameter.device
         self.dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.float32
         self.source = row_source(blueprint, self.device, lambda name: dense_weight(base.get_submodule(name)))
-        self._linears = [
+        layers = [
             _replace(
                 base, linear.name, AdaptedLinear(base.get_submodule(linear.name), blueprint.spec.scaling)
             )
             for linear in blueprint.linears
         ]
+        groups = list(_sharing(blueprint.linears, [layer.is_plain for layer in layers]))
+        self._inputs = [SharedInput([layers[place] for place in group], recompute) for group in groups]
+        self._cutter = Cutter(blueprint, groups, self.device)
         self._heads = {
             name: _replace(base, name, HeadLinear(base.get_submodule(name)))  # type: ignore[arg-type]
             for name in dict.fromkeys(tensor.name.rsplit(".", 1)[0] for tensor in blueprint.head)
@@ -135,38 +156,22 @@ class AdaptedModel:
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
         """Compose all rows once and hand each layer its factors; gradients flow back to `tensors`."""
-        rows = self.source.rows(tensors).to(self.dtype)
-        sizes = [
-            size
-            for part in self.blueprint.slices
-            for size in (part.middle - part.start, part.stop - part.middle)
-        ]
-        pieces = torch.split(rows, sizes, dim=1)
-        for layer, part, a, b in zip(
-            self._linears, self.blueprint.slices, pieces[::2], pieces[1::2], strict=True
-        ):
-            layer.factors = (
-                self._factor(a, part.linear.in_features),
-                self._factor(b, part.linear.out_features),
-            )
+        factors = self._cutter.cut(self.source.rows(tensors), self.dtype)
+        for shared, own in zip(self._inputs, factors, strict=True):
+            shared.bind(own)
         if self.blueprint.head_size:
             self._bind_head(tensors["head"].to(self.dtype))
 
     def unbind(self) -> None:
         """Forget the factors: the model is the frozen base again, and the graph behind them is freed."""
-        for layer in self._linears:
-            layer.factors = None
+        for shared in self._inputs:
+            shared.bind(None)
         for head in self._heads.values():
             head.tensors = None
 
     def __call__(self, **inputs: Any) -> Any:
         """Run the base with the bound factors. Inputs are the clients' batches end to end, (C * n, ...)."""
         return self.base(**inputs)
-
-    def _factor(self, rows: Tensor, side: int) -> Tensor:
-        """Rows (C, r * m, b) of one factor as (C, r, side); the last of the m sub-vectors may be cut."""
-        factor = rows.reshape(len(rows), self.blueprint.spec.rank, -1)
-        return factor if factor.shape[-1] == side else factor[..., :side]
 
     def _bind_head(self, flat: Tensor) -> None:
         sizes = [tensor.size for tensor in self.blueprint.head]
@@ -192,6 +197,28 @@ def _misfits(base: nn.Module, blueprint: Blueprint) -> Iterator[str]:
         shape = tuple(parameters[tensor.name].shape) if tensor.name in parameters else None
         if shape != tensor.shape:
             yield f"head tensor {tensor.name} has shape {shape}, expected {tensor.shape}"
+
+
+def _sharing(linears: Sequence[Linear], plain: Sequence[bool]) -> Iterator[list[int]]:
+    """Places of layers that are given one input, by their names; most are alone."""
+    group = [0]
+    for place in range(1, len(linears)):
+        known = (linears[group[0]], linears[group[-1]])
+        if plain[group[0]] and plain[place] and _share(*known, linears[place]):
+            group.append(place)
+        else:
+            yield group
+            group = [place]
+    yield group
+
+
+def _share(first: Linear, last: Linear, linear: Linear) -> bool:
+    """Whether `linear` follows `last` among layers that share an input, whose first is `first`."""
+    names = [one.name.rpartition(".") for one in (first, last, linear)]
+    if len({parent for parent, _, _ in names}) > 1 or first.in_features != linear.in_features:
+        return False
+    _, before, own = (child for _, _, child in names)
+    return any((before, own) in pairwise(family) for family in SHARING)
 
 
 def _sides(module: nn.Module) -> tuple[int, int] | None:

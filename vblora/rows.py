@@ -127,8 +127,9 @@ def mix(bank: Tensor, logits: Tensor, slots: Tensor, order: Tensor) -> Tensor:
     clients, rows, k = slots.shape
     h, b = bank.shape[1:]
     weights = logits.gather(1, slots.flatten(1)).view(clients, rows, k).softmax(dim=-1)
-    shift = torch.arange(0, clients * h, h, device=slots.device).view(-1, 1, 1)
-    vectors = order[slots].long() + shift
+    vectors = order[slots].long()
+    if clients > 1:
+        vectors += torch.arange(0, clients * h, h, device=slots.device).view(-1, 1, 1)
     mixed = functional.embedding_bag(
         vectors.view(-1, k),
         bank.reshape(-1, b),

@@ -177,9 +177,11 @@ def _entries(shape: Shape, base: nn.Module, notes: list[str]) -> Iterator[Entry]
     task = task_of(shape)
     device = next(base.parameters()).device
     model, state = adapt(shape, twin(base))
+    lean, _ = adapt(shape, twin(base), recompute=True)
     apart, _ = adapt(shape, twin(base))  # what a graph has captured, nobody else may change
     yield Entry(FROZEN, lambda sized: repeated(frozen_step(base, task), sized, device))
     yield Entry(OURS, lambda sized: cohort_run(model, state, sized, 1))
+    yield Entry(f"{OURS}, inputs recomputed", lambda sized: cohort_run(lean, state, sized, 1))
     yield Entry(
         f"{FROZEN}, graphed",
         lambda sized: graphed(lambda: frozen_step(base, task), sized, device),

@@ -52,12 +52,12 @@ def make_batch(shape: Shape, task: Task, device: torch.device) -> Batch:
 # --- Ours ----------------------------------------------------------------------------
 
 
-def adapt(shape: Shape, base: nn.Module) -> tuple[AdaptedModel, State]:
+def adapt(shape: Shape, base: nn.Module, *, recompute: bool = False) -> tuple[AdaptedModel, State]:
     """VB-LoRA put into `base`, and its start."""
     spec = VBLoRASpec(rank=shape.rank, num_vectors=shape.num_vectors, vector_length=shape.vector_length)
     labels = task_of(shape).labels
     blueprint = Blueprint(spec, find_linears(base), find_head(base), describe_base(base), labels)
-    return AdaptedModel(base, blueprint), initial_state(blueprint)
+    return AdaptedModel(base, blueprint, recompute=recompute), initial_state(blueprint)
 
 
 def cohort_run(model: AdaptedModel, state: State, shape: Shape, clients: int) -> Run:

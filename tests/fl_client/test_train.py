@@ -296,7 +296,7 @@ def test_an_error_leaves_the_base_unbound():
 
 
 def _unbound(model: AdaptedModel) -> bool:
-    return all(layer.factors is None for layer in model._linears) and all(
+    return all(shared.factors is None for shared in model._inputs) and all(
         head.tensors is None for head in model._heads.values()
     )
 

@@ -141,6 +141,7 @@ def test_growth_changes_no_row():
     with torch.no_grad():
         tensors["logits"][1, source._candidates.width - 1] = 9.0  # the last place that row 0 holds
     before = source.rows(tensors)
+    assert source.growth() == {}, "the answer is read when the question is asked again"
     grown = source.growth()["logits"]
     assert len(grown) == 3 * source._candidates.width
     wider = {**tensors, "logits": torch.cat([tensors["logits"].detach(), grown.expand(2, -1)], dim=1)}

@@ -1,0 +1,96 @@
+"""Cut the rows of an adapter into the factors of its layers, and put their gradients together again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from vblora.spec import Blueprint
+
+__all__ = ["Cutter", "Factors"]
+
+# Of layers that share an input: A of all end to end (C, R, in), and each B transposed (C, r, out).
+Factors = tuple[Tensor, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows that make one factor: `rows` of length b as (height, side), the last of a line cut."""
+
+    rows: int
+    height: int
+    side: int
+
+
+class Cutter:
+    """Knows where each factor's rows lie. The rows of layers that share an input are brought together.
+
+    Args:
+        blueprint: gives the rows of each layer.
+        groups: of places in `blueprint.linears`; each place once.
+        device: of the rows.
+    """
+
+    def __init__(self, blueprint: Blueprint, groups: Sequence[Sequence[int]], device: torch.device) -> None:
+        self._sizes = [len(group) for group in groups]
+        rank, order = blueprint.spec.rank, []
+        pieces = []
+        for group in groups:
+            parts = [blueprint.slices[place] for place in group]
+            order += [np.arange(part.start, part.middle) for part in parts]
+            order += [np.arange(part.middle, part.stop) for part in parts]
+            of_a = sum(part.middle - part.start for part in parts)
+            pieces.append(Piece(of_a, rank * len(parts), parts[0].linear.in_features))
+            pieces += [Piece(part.stop - part.middle, rank, part.linear.out_features) for part in parts]
+        self.pieces = tuple(pieces)
+        places = np.concatenate(order)
+        kept = np.array_equal(places, np.arange(len(places)))
+        self.order = None if kept else torch.from_numpy(places).to(device)
+        self.inverse = None if kept else torch.from_numpy(np.argsort(places)).to(device)
+
+    def cut(self, rows: Tensor, dtype: torch.dtype) -> list[Factors]:
+        """Factors of each group from rows (C, S, b), in `dtype`; differentiable."""
+        found = iter(_Cut.apply(rows, self, dtype))  # type: ignore[no-untyped-call]
+        return [(next(found), tuple(next(found) for _ in range(size))) for size in self._sizes]
+
+
+class _Cut(torch.autograd.Function):
+    """As views and slices, each factor would be some nodes of its own, both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, cutter: Cutter, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        ctx.cutter, ctx.shape, ctx.dtype = cutter, rows.shape, rows.dtype
+        ctx.set_materialize_grads(False)
+        rows = rows.to(dtype)
+        if cutter.order is not None:
+            rows = rows.index_select(1, cutter.order)
+        clients = len(rows)
+        parts = torch.split(rows, [piece.rows for piece in cutter.pieces], dim=1)
+        return tuple(
+            part.reshape(clients, piece.height, -1)[..., : piece.side]
+            for part, piece in zip(parts, cutter.pieces, strict=True)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
+        cutter, (clients, _, length) = ctx.cutter, ctx.shape
+        parts = []
+        like = next(gradient for gradient in gradients if gradient is not None)
+        for gradient, piece in zip(gradients, cutter.pieces, strict=True):
+            if gradient is None:  # a layer that took no part
+                gradient = like.new_zeros(clients, piece.height, piece.side)
+            if missing := piece.rows * length // piece.height - piece.side:
+                gradient = functional.pad(gradient, (0, missing))
+            parts.append(gradient.reshape(clients, piece.rows, length))
+        together = torch.cat(parts, dim=1)
+        if cutter.inverse is not None:
+            together = together.index_select(1, cutter.inverse)
+        return together.to(ctx.dtype), None, None
