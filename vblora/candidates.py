@@ -185,7 +185,7 @@ class Candidates:
 
 
 class Answer:
-    """A truth that the device finds out and that is read later, without waiting for what was asked of it since."""
+    """A truth that the device finds out, read later without waiting for what it was asked since."""
 
     def __init__(self, device: torch.device) -> None:
         self._host = torch.zeros((), dtype=torch.bool, pin_memory=device.type == "cuda")

@@ -77,11 +77,11 @@ def cohort_run(model: AdaptedModel, state: State, shape: Shape, clients: int) ->
 def our_step(model: AdaptedModel, task: Task, state: State) -> Step:
     """One step of one client over a batch that is on its device: compose, forward, backward, AdamW."""
     tensors = model.load(state)
-    optimiser = AdamW(LocalSettings().rates(1.0))
+    optimiser = AdamW(LocalSettings().rates(model.blueprint.spec.kind, 1.0))
 
     def step(batch: Batch) -> None:
         model.bind(tensors)
-        loss = task.losses(model(input_ids=batch.tokens, attention_mask=batch.mask).logits, batch, 1).sum()
+        loss = task.losses(model(**batch.inputs).logits, batch, 1).sum()
         found = torch.autograd.grad(loss, list(tensors.values()))
         model.unbind()
         optimiser.step(tensors, dict(zip(tensors, found, strict=True)), None)
