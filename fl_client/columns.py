@@ -36,6 +36,7 @@ LABEL = (
 )
 PROMPT = ("prompt", "instruction", "input", "question", "mr", "source", "query")
 COMPLETION = ("completion", "response", "output", "answer", "ref", "summary", "highlights", "target")
+CHAT = ("messages", "conversations", "conversation")
 # Instruction sets such as Alpaca and Dolly keep what the instruction is about in a second, often blank,
 # column.
 INSTRUCTION = "instruction"
@@ -45,17 +46,18 @@ INSTRUCTION_INPUT = ("input", "context")
 @dataclass(frozen=True)
 class Roles:
     """Column names. `text` may be several columns, joined by a blank line; a role that nothing plays is
-    ""."""
+    "". Where `chat` names a column of messages, there is no other text."""
 
     text: tuple[str, ...]
     label: str = ""
     completion: str = ""
     group: str = ""
+    chat: str = ""
 
     @property
     def named(self) -> tuple[str, ...]:
         """Every column that plays a role."""
-        return (*self.text, *(name for name in (self.label, self.completion, self.group) if name))
+        return (*self.text, *(name for name in (self.label, self.completion, self.group, self.chat) if name))
 
 
 def find_roles(
@@ -71,7 +73,7 @@ def find_roles(
 
     Args:
         task: "classification", "causal-lm", or "auto": classification where there is a label column, else
-            causal-lm where there are prompt and completion columns, or text alone.
+            causal-lm where there are messages, prompt and completion columns, or text alone.
         text_column: the text, or the prompt. "a+b" joins two columns by a blank line.
         label_column: the label; for causal-lm the completion. Naming the text column alone asks causal-lm for
             plain text.
@@ -106,6 +108,8 @@ def _classification(found: Sequence[str], where: str, text: tuple[str, ...], lab
 
 
 def _causal(found: Sequence[str], where: str, text: tuple[str, ...], completion: str, group: str) -> Roles:
+    if not text and not completion and (chat := _usual(found, CHAT, ())):
+        return Roles((), group=group, chat=chat)
     if not text:
         completion = completion or _usual(found, COMPLETION, ())
         prompt = _prompts(found, completion)

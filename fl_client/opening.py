@@ -77,6 +77,8 @@ def _dealt(data: DataSettings) -> tuple[Corpus, list[NDArray[np.int64]]]:
 
 def _tokenised(corpus: Corpus, parts: Sequence[NDArray[np.int64]], base: Base, data: DataSettings) -> Texts:
     task = task_of(corpus.labels)
+    if data.chat_template == "off":
+        base.tokenizer.chat_template = None
     packing = data.pack and not corpus.labels and corpus.train.completion is None
     most = UNCUT if packing else data.max_length
     train = task.encode(base.tokenizer, corpus.train, most)

@@ -44,6 +44,8 @@ class DataSettings:
         max_examples: training texts at most; 0 is all, or 4,000 docstrings (reading them all takes a minute).
         max_length: tokens of a text at most; of plain text that is packed, of a row.
         pack: whether plain text is packed into full rows; prompts with completions and labelled texts never.
+        chat_template: auto writes prompts and completions as the tokenizer's chat template does, where it has
+            one; off leaves them as they are.
         partition: auto, iid, dirichlet:ALPHA or by:COLUMN.
         clients: parts that the training texts are dealt into.
         seed: of the sample and of the deal.
@@ -59,6 +61,7 @@ class DataSettings:
     max_examples: int = 0
     max_length: int = 128
     pack: bool = True
+    chat_template: str = "auto"
     partition: str = "auto"
     clients: int = 10
     seed: int = 0
@@ -79,6 +82,8 @@ class DataSettings:
         for name in ("eval_examples", "max_examples"):
             if getattr(self, name) < 0:
                 yield f"{name.replace('_', '-')} is {getattr(self, name)}, expected 0 (all) or more"
+        if self.chat_template not in ("auto", "off"):
+            yield f"chat-template is {self.chat_template!r}, expected auto or off"
         names = self.label_names
         if self.labels and (len(names) < 2 or "" in names or len(set(names)) < len(names)):
             yield f"labels is {self.labels!r:.60}, expected two different names or more, by comma"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fl_client import docstrings
+from fl_client.chats import Chat, answers, opening, read_chat
 from fl_client.columns import Roles, Task, find_roles
 from fl_client.raw import Frame
 from fl_client.sources import read_source
@@ -30,17 +31,19 @@ class Table:
     label: label names (classification).
     completion: what follows the prompt (causal-lm).
     group: what a partition keeps together or goes by.
+    chat: the messages that stand before each completion, where there are any; `text` then joins them.
     """
 
     text: list[str]
     label: list[str] | None = None
     completion: list[str] | None = None
     group: list[str] | None = None
+    chat: list[Chat] | None = None
 
     def __post_init__(self) -> None:
         lengths = {
             len(column)
-            for column in (self.text, self.label, self.completion, self.group)
+            for column in (self.text, self.label, self.completion, self.group, self.chat)
             if column is not None
         }
         if len(lengths) > 1:
@@ -53,12 +56,11 @@ class Table:
         """The rows at these positions, in this order."""
         places = [int(place) for place in indices]
 
-        def pick(column: list[str] | None) -> list[str] | None:
+        def pick(column: list[Any] | None) -> list[Any] | None:
             return None if column is None else [column[place] for place in places]
 
-        return Table(
-            [self.text[place] for place in places], *map(pick, (self.label, self.completion, self.group))
-        )
+        others = map(pick, (self.label, self.completion, self.group, self.chat))
+        return Table([self.text[place] for place in places], *others)
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,9 @@ def load_corpus(
 ) -> Corpus:
     """Read a data set and find what it is made of.
 
-    Rows whose text, label or completion is missing or blank are dropped. A plain .txt file is cut at blank
-    lines; where paragraphs begin with "SPEAKER:", `group_column="speaker"` groups by it.
+    Rows whose text, label or completion is missing or blank are dropped. A column of messages gives a row for
+    each of the assistant's answers, with all that stands before as its prompt. A plain .txt file is cut at
+    blank lines; where paragraphs begin with "SPEAKER:", `group_column="speaker"` groups by it.
 
     Args:
         data: "docstrings" (the embedded data set), a local file (csv, tsv, json, jsonl, parquet, txt; .gz
@@ -165,6 +168,8 @@ def _docstring_frames(
 
 def _read_table(frames: Sequence[Frame], roles: Roles) -> Table:
     """The rows of all frames whose text, label and completion are there."""
+    if roles.chat:
+        return _read_chats(frames, roles)
     rows = [row for frame in frames for row in _rows(frame, roles) if all(part.strip() for part in row[:3])]
     if not rows:
         names = ", ".join(map(repr, roles.named))
@@ -178,12 +183,33 @@ def _read_table(frames: Sequence[Frame], roles: Roles) -> Table:
     )
 
 
-def _rows(frame: Frame, roles: Roles) -> Iterator[tuple[str, str, str, str]]:
-    """(text, label, completion, group) of each row; a role that no column plays repeats the text."""
+def _read_chats(frames: Sequence[Frame], roles: Roles) -> Table:
+    """A row for every answer of every conversation."""
+    rows = []
+    for frame in frames:
+        _require_columns(frame, roles)
+        cells = frame.columns[roles.chat][:]
+        groups = _strings(frame, roles.group) if roles.group else [""] * len(cells)
+        for cell, group in zip(cells, groups, strict=True):
+            chat = read_chat(cell, f"{frame.where}: column {roles.chat!r}")
+            rows += [(before, answer, group) for before, answer in answers(chat)]
+    if not rows:
+        raise DataError(f"{frames[0].where}: column {roles.chat!r} holds no answer of an assistant")
+    chats, completion, group = (list(column) for column in zip(*rows, strict=True))
+    text = ["\n\n".join(content for _, content in chat) for chat in chats]
+    return Table(text, None, completion, group if roles.group else None, chats)
+
+
+def _require_columns(frame: Frame, roles: Roles) -> None:
     missing = [name for name in roles.named if name not in frame.columns]
     if missing:
         found = ", ".join(map(repr, frame.columns))
         raise DataError(f"{frame.where}: no column {missing[0]!r}, which train has; found {found}")
+
+
+def _rows(frame: Frame, roles: Roles) -> Iterator[tuple[str, str, str, str]]:
+    """(text, label, completion, group) of each row; a role that no column plays repeats the text."""
+    _require_columns(frame, roles)
     parts = zip(*(_strings(frame, name) for name in roles.text), strict=True)
     text = ["\n\n".join(part for part in row if part.strip()) for row in parts]
     label = [name.strip() for name in _strings(frame, roles.label)] if roles.label else text
@@ -213,11 +239,12 @@ def _strings(frame: Frame, name: str) -> list[str]:
 def _carve(table: Table, seed: int, where: str) -> tuple[Table, Table]:
     """Hold out a tenth of the rows, at least one and about 2,000 at most.
 
-    Equal texts go to one side (a prompt with several references must not be on both), and a row whose label
-    would be missing from train stays there.
+    Equal texts go to one side (a prompt with several references must not be on both), as do the answers of
+    one conversation, and a row whose label would be missing from train stays there.
     """
-    place = {text: number for number, text in enumerate(dict.fromkeys(table.text))}
-    which = np.array([place[text] for text in table.text])
+    keys = table.text if table.chat is None else [opening(chat) for chat in table.chat]
+    place = {text: number for number, text in enumerate(dict.fromkeys(keys))}
+    which = np.array([place[text] for text in keys])
     order = np.random.default_rng(seed).permutation(len(place))
     goal = min(max(1, len(table) // CARVED_SHARE), MOST_CARVED)
     held_texts = np.searchsorted(np.cumsum(np.bincount(which)[order]), goal) + 1

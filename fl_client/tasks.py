@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fl_client.batches import IGNORED, Batch, Examples
+from fl_client.chats import in_template
 from vblora.errors import DataError
 
 if TYPE_CHECKING:  # reading tables needs `datasets`; training on tokens does not
@@ -89,22 +90,21 @@ class CausalLM:
     def encode(self, tokenizer: Any, table: Table, max_length: int) -> Examples:
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        prompts = tokenizer(list(table.text), add_special_tokens=False)["input_ids"]
         if table.completion is None:
-            return _examples(
-                [(start + ids + end)[:max_length] for ids in prompts], [len(start)] * len(prompts)
-            )
-        bare = [_without_end(text, tokenizer.eos_token) for text in table.completion]
-        completions = tokenizer(bare, add_special_tokens=False)["input_ids"]
-        rows, leading = [], []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            # The answer may fill what the prompt leaves free, and half of the whole in any case. The end of a
-            # prompt is next to what is asked, so a long prompt loses its beginning.
-            answer = (completion + end)[: max(max_length // 2, max_length - len(start) - len(prompt))]
-            kept = start + prompt[max(0, len(prompt) - (max_length - len(answer) - len(start))) :]
-            rows.append(kept + answer)
-            leading.append(len(kept))
-        return _examples(rows, leading)
+            texts = _ids(tokenizer, table.text)
+            return _examples([(start + ids + end)[:max_length] for ids in texts], [len(start)] * len(texts))
+        prompts, answers = table.text, [_without_end(said, tokenizer.eos_token) for said in table.completion]
+        before, after = start, end
+        if getattr(tokenizer, "chat_template", None):  # it writes start and end itself
+            chats = table.chat or [(("user", text),) for text in prompts]
+            pairs = [in_template(tokenizer, *row) for row in zip(chats, answers, strict=True)]
+            prompts, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
+            before = after = []
+        cut = [
+            _cut(before + prompt, answer + after, max_length, start)
+            for prompt, answer in zip(_ids(tokenizer, prompts), _ids(tokenizer, answers), strict=True)
+        ]
+        return _examples([prompt + answer for prompt, answer in cut], [len(prompt) for prompt, _ in cut])
 
     def losses(self, logits: Tensor, batch: Batch, clients: int) -> Tensor:
         tokens, real = self._token_losses(logits, batch)
@@ -135,6 +135,23 @@ class CausalLM:
             logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none"
         )
         return losses.view(wanted.shape), real
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return found
+
+
+def _cut(prompt: list[int], answer: list[int], most: int, start: list[int]) -> tuple[list[int], list[int]]:
+    """Both, of `most` tokens together at most.
+
+    The answer may fill what the prompt leaves free, and half of the whole in any case. The end of a prompt is
+    next to what is asked, so a long one loses its beginning, all but the token that starts every text.
+    """
+    answer = answer[: max(most // 2, most - len(prompt))]
+    first = prompt[: len(start)] if prompt[: len(start)] == start else []
+    rest = prompt[len(first) :]
+    return first + rest[max(0, len(prompt) + len(answer) - most) :], answer
 
 
 def _without_end(completion: str, end: str | None) -> str:

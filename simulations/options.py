@@ -35,6 +35,10 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "max-examples": (0, "Training texts at most; 0 is all, or 4,000 docstrings."),
         "max-length": (128, "Tokens of a text at most."),
         "pack": (True, "Pack plain text for causal-lm into full rows, texts kept apart."),
+        "chat-template": (
+            "auto",
+            "auto: prompts and completions as the tokenizer's chat template writes them, if it has one; off.",
+        ),
         "partition": (
             "auto",
             "How texts are dealt: iid, dirichlet:ALPHA (less is more skewed), by:COLUMN; "
