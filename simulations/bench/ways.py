@@ -109,12 +109,13 @@ def repeated(step: Step, shape: Shape, device: torch.device) -> Run:
 def graphed(make: Callable[[], Step], shape: Shape, device: torch.device) -> Run:
     """A run that replays one step captured as a CUDA graph. It is captured in the first run."""
     task = task_of(shape)
-    captured: list[tuple[torch.cuda.CUDAGraph, Batch, int]] = []
+    captured: list[tuple[Step, torch.cuda.CUDAGraph, Batch, int]] = []
 
     def run(steps: int) -> Sample:
         if not captured:
-            captured.append(_capture(make(), make_batch(shape, task, device)))
-        graph, held, peak = captured[0]
+            step = make()  # kept: the graph reads and writes what it holds
+            captured.append((step, *_capture(step, make_batch(shape, task, device))))
+        _, graph, held, peak = captured[0]
         clock = Clock(device)
         for number in range(steps):
             batch = make_batch(shape, task, device)
