@@ -9,17 +9,16 @@ from pathlib import Path
 from rich.table import Table
 
 from vblora.errors import RunError, WireError
-from vblora.frame import Header, Kind, read_blob, section_bytes
+from vblora.frame import Encoding, Header, Kind, read_blob, section_bytes
 
 __all__ = ["Contents", "contents", "contents_table"]
 
 ENCODINGS = {
-    "FLOAT32": "float32",
-    "PACKED": "packed integers",
-    "BFLOAT16": "bfloat16",
-    "STEPS": "entropy-coded steps",
-    "GRID": "entropy-coded difference from the base",
-    "SELECTION": "entropy-coded difference from the base",
+    Encoding.FLOAT32: "float32",
+    Encoding.BFLOAT16: "bfloat16",
+    Encoding.STEPS: "entropy-coded steps",
+    Encoding.GRID: "entropy-coded difference from the base",
+    Encoding.SELECTION: "entropy-coded difference from the base",
 }
 
 
@@ -59,7 +58,7 @@ def contents(path: Path) -> Contents:
     rows = [
         (
             section.name,
-            ENCODINGS[section.encoding.name],
+            ENCODINGS[section.encoding],
             " × ".join(map(str, section.shape)),
             section.count,
             len(section.payload),

@@ -98,6 +98,7 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         ),
         "wire-up-bits": (0.0, "Bits of a number going up: 0.5 to 12, 16 (bfloat16), 32 (float32)."),
         "wire-head-bits": (0.0, "The same, of the task head."),
+        "wire-gap-bits": (0.0, "Bits of a gap between two logits going up: 1 to 6, or 32."),
         "wire-down-bits": (0.0, "Bits of a number's change going down: 0.5 to 12, or 32."),
         "wire-keep": (0.0, "Share of the largest numbers that go up."),
         "wire-feedback": ("auto", "Clients add what rounding dropped to their next update: on, off, auto."),

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vblora.gaps import nearest_gaps
 from vblora.rounding import GRID, WireSettings, from_grid, round_state, round_update
-from vblora.selection import GAP_STEP, gap_codes
 from vblora.spec import Blueprint
 from vblora.state import State, TopK, Update
 from vblora.wire import encode_state, encode_update, initial
@@ -77,7 +77,7 @@ def replayed_reference(blueprint: Blueprint, phase: str, seed: int = 0) -> State
     topk = start.topk
     if topk is not None:
         at = _row_numbers(rows, len(topk.positions), seed)
-        gaps = gap_codes(rows.base_gaps[at, None]).astype(np.float32) * np.float32(GAP_STEP)
+        gaps = nearest_gaps(rows.base_gaps[at, None])
         topk = TopK(_within(rows.base[at], blueprint), gaps)
     return State(20, dense, topk)
 

@@ -14,7 +14,7 @@ from vblora.errors import WireError
 __all__ = ["FORMAT", "Encoding", "Header", "Kind", "Section", "read_blob", "section_bytes", "write_blob"]
 
 MAGIC = b"FVBL"
-FORMAT = 2
+FORMAT = 3
 HEADER = struct.Struct("<4sHBB16sQ16sQ16sI")
 MAX_AXES = 4
 NO_BASE = (1 << 64) - 1
@@ -31,11 +31,10 @@ class Encoding(IntEnum):
     """How a section's payload is written. docs/wire.md shows each byte by byte."""
 
     FLOAT32 = 1
-    PACKED = 2  # unsigned integers of ceil(log2 h) bits each, least significant bit first
-    BFLOAT16 = 3
-    STEPS = 4  # float32 step, entropy-coded whole steps
-    GRID = 5  # exponent u8, entropy-coded whole multiples of 2^exponent grid steps from the base
-    SELECTION = 6  # entropy-coded difference from the base's selection
+    BFLOAT16 = 2
+    STEPS = 3  # float32 step, lanes of whole steps
+    GRID = 4  # exponent u8, lanes of whole multiples of 2^exponent grid steps from the base
+    SELECTION = 5  # streams of the difference from the base's selection
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,11 @@ def read_blob(blob: bytes) -> tuple[Header, list[Section]]:
         raise WireError(
             f"blob: format {form}, expected {FORMAT}; run the same fed-vblora version on both sides"
         )
-    if zlib.crc32(memoryview(blob)[:-4]) != int.from_bytes(blob[-4:], "little"):
-        raise WireError("blob: checksum does not match; it was truncated or altered on the way")
+    told, found = int.from_bytes(blob[-4:], "little"), zlib.crc32(memoryview(blob)[:-4])
+    if told != found:
+        raise WireError(
+            f"blob: checksum {told:08x}, expected {found:08x}; it was truncated or altered on the way"
+        )
     if kind not in list(Kind):
         raise WireError(f"blob: kind {kind}, expected one of {[int(k) for k in Kind]}")
     base_version = None if base == NO_BASE else base

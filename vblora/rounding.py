@@ -1,10 +1,11 @@
 """What is given up so that a message becomes small, and who remembers it.
 
-An update is rounded to steps that its sender chooses by the bits they cost, not by its largest number. A
-state is rounded to a fixed grid around the values of version 0, so that the difference of any two states is a
-few whole numbers, and adding them gives the same bits everywhere. What rounding drops stays with whoever
-rounded, and is added to what he sends next (error feedback, arXiv 1901.09847). Gaps of logits are rounded up
-or down by chance, so that means over clients and rounds come out right without any memory.
+An update is rounded to steps that its sender chooses by the bits they cost, not by its largest number, along
+a trellis (`vblora.trellis`). A state is rounded to a fixed grid around the values of version 0, so that the
+difference of any two states is a few whole numbers, and adding them gives the same bits everywhere. What
+rounding drops stays with whoever rounded, and is added to what he sends next (error feedback, arXiv
+1901.09847). Gaps of logits are rounded up or down by chance, so that means over clients and rounds come out
+right without any memory.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vblora.entropy import LARGEST, entropy_bits
+from vblora.entropy import LARGEST
 from vblora.errors import ConfigError, raise_faults
-from vblora.selection import GAP_STEP, LARGEST_GAP, gap_codes
-from vblora.state import State, TopK, Update
+from vblora.selection import round_selection
+from vblora.state import State, Update
+from vblora.steps import Rounding, find_step
+from vblora.trellis import round_lanes
 
 __all__ = [
     "GRID",
@@ -39,9 +42,7 @@ Ints = NDArray[np.int64]
 Dense = Mapping[str, Floats]
 
 GRID = 2.0**-20  # of a state, around version 0; a float32 below 16 tells its neighbours apart
-SAMPLE = 1 << 14  # numbers that a step is chosen by
-SEARCH = 12  # halvings of the interval in which the step is sought
-TAIL = 1 << 14  # steps beyond which numbers count as one while it is sought
+FINEST_GAPS = 6  # bits of a gap near 0: all values of `vblora.gaps`
 FLOAT32, BFLOAT16 = 32.0, 16.0
 SWITCH = ("on", "off", "auto")
 MOST_STEPS = 1 << 23  # of an update: whole in float32
@@ -55,6 +56,8 @@ class WireSettings:
         up_bits: of a number of the bank's (or the rows') change in an update; 32 is float32, 16 bfloat16,
             less is a mean over entropy-coded steps.
         head_bits: the same, of the head's change.
+        gap_bits: of a gap of an update: 6 is steps of 2^-6 while gaps are small, 1 is steps of 1/2 (see
+            `vblora.gaps`); 32 is float32. States have 6, or 32 where `down_bits` is.
         down_bits: of a number's change from one state to the next; 32 sends whole float32 states.
         keep: share of an update's largest numbers that are sent; the others wait in the error feedback.
         feedback: clients add what rounding dropped to their next update.
@@ -63,6 +66,7 @@ class WireSettings:
 
     up_bits: float = 32.0
     head_bits: float = 32.0
+    gap_bits: float = 32.0
     down_bits: float = 32.0
     keep: float = 1.0
     feedback: bool = False
@@ -76,6 +80,8 @@ class WireSettings:
             bits = getattr(self, name)
             if not (0.5 <= bits <= 12 or bits in (BFLOAT16, FLOAT32)):
                 yield f"{name.replace('_', '-')} is {bits:g}, expected 0.5 to 12, 16 or 32 (bf16, float32)"
+        if self.gap_bits not in (*range(1, FINEST_GAPS + 1), FLOAT32):
+            yield f"gap-bits is {self.gap_bits:g}, expected 1 to {FINEST_GAPS}, or 32 (float32)"
         if not (0.5 <= self.down_bits <= 12 or self.down_bits == FLOAT32):
             yield f"down-bits is {self.down_bits:g}, expected 0.5 to 12, or 32 (float32)"
         if not 0 < self.keep <= 1:
@@ -86,7 +92,7 @@ class WireSettings:
     @property
     def lossless(self) -> bool:
         """Whether updates travel as they are, selections included."""
-        return self.up_bits == self.head_bits == FLOAT32 and self.keep == 1
+        return self.up_bits == self.head_bits == self.gap_bits == FLOAT32 and self.keep == 1
 
     def bits(self, section: str) -> float:
         """Bits of a number of an update's section."""
@@ -95,8 +101,8 @@ class WireSettings:
 
 WIRES: Mapping[str, WireSettings] = {
     "lossless": WireSettings(),
-    "default": WireSettings(up_bits=3.0, head_bits=5.0, down_bits=4.0),
-    "smallest": WireSettings(up_bits=1.5, head_bits=3.0, down_bits=3.0),
+    "default": WireSettings(up_bits=2.75, head_bits=4.75, gap_bits=4.0, down_bits=3.5),
+    "smallest": WireSettings(up_bits=1.25, head_bits=2.75, gap_bits=3.0, down_bits=2.5),
 }
 
 
@@ -160,8 +166,8 @@ def round_update(
         if settings.feedback and np.isfinite(wanted).all():
             left[name] = wanted - dense[name]
     topk = update.topk
-    if topk is not None and reference.topk is not None:
-        topk = _round_gaps(topk, reference.topk, noise)
+    if topk is not None and reference.topk is not None and settings.gap_bits < FLOAT32:
+        topk = round_selection(topk, reference.topk, FINEST_GAPS - int(settings.gap_bits), noise)
     return replace(update, dense=dense, topk=topk, steps=steps), left
 
 
@@ -196,12 +202,12 @@ def round_state(
             dense[name] = array  # sent whole
             continue
         change = (wanted.astype(np.float64) - old) / GRID
-        coarse = _power_of_two(_step(change, settings.down_bits))
+        coarse = _power_of_two(find_step(change, settings.down_bits))
         dense[name] = from_grid(start, held + (np.rint(change / coarse) * coarse).astype(np.int64))
         left[name] = wanted - dense[name]
     topk = exact.topk
     if topk is not None and reference.topk is not None:
-        topk = _round_gaps(topk, reference.topk, np.random.default_rng(exact.version))
+        topk = round_selection(topk, reference.topk, 0, np.random.default_rng(exact.version))
     return State(exact.version, dense, topk), left
 
 
@@ -234,30 +240,15 @@ def _rounded(
         return wanted, 0.0
     if bits == BFLOAT16:
         return _bfloat16(wanted), 0.0
-    step = np.float32(_step(wanted, bits))
-    whole = wanted / step
-    whole = np.floor(whole + noise.random(whole.shape, np.float32)) if settings.stochastic else np.rint(whole)
+    how: Rounding = "chance" if settings.stochastic else "nearest"
+    if how == "nearest" and settings.keep == 1:  # a trellis may move what is not to be sent
+        how = "trellis"
+    step = np.float32(find_step(wanted, bits, how))
+    if how == "trellis":
+        whole = round_lanes(wanted, float(step)).astype(np.float32)
+    else:
+        whole = np.floor(wanted / step + (noise.random(wanted.shape, np.float32) if how == "chance" else 0.5))
     return (np.clip(whole, -MOST_STEPS, MOST_STEPS) + np.float32(0)) * step, float(step)
-
-
-def _step(change: NDArray[np.floating], bits: float) -> float:
-    """The step at which whole steps of `change` take `bits` bits a number; 1 where nothing changes.
-
-    Found on a sample, by halving an interval around the spread: the entropy falls as the step grows.
-    """
-    flat = change.reshape(-1)
-    sample = flat[:: max(1, flat.size // SAMPLE)]
-    spread = float(np.sqrt(np.mean(np.square(sample, dtype=np.float64)))) if sample.size else 0.0
-    if not 0 < spread < np.inf:
-        spread = float(np.abs(flat).max(initial=0.0)) or 1.0
-    low, high = np.log2(spread) - 14, np.log2(spread) + 6
-    for _ in range(SEARCH):
-        middle = (low + high) / 2
-        whole = np.rint(sample / 2.0**middle)
-        low, high = (
-            (middle, high) if entropy_bits(whole.astype(np.int64)) > bits * sample.size else (low, middle)
-        )
-    return float(2.0**high)
 
 
 def _power_of_two(step: float) -> float:
@@ -270,15 +261,3 @@ def _bfloat16(values: Floats) -> Floats:
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
     return rounded.view(np.float32)
-
-
-def _round_gaps(topk: TopK, base: TopK, noise: np.random.Generator) -> TopK:
-    """Gaps on the grid by chance, in the mean as they were; a row that stays keeps the base's bits."""
-    stayed = (topk.positions == base.positions).all(axis=1, keepdims=True)
-    start = np.where(stayed, base.gaps, np.float32(0))
-    moves = np.floor((topk.gaps - start) / np.float32(GAP_STEP) + noise.random(topk.gaps.shape, np.float32))
-    moves = np.clip(moves, -LARGEST_GAP, LARGEST_GAP).astype(np.int64)
-    codes = np.clip(np.where(stayed, gap_codes(base.gaps), 0) + moves, 0, LARGEST_GAP)
-    gaps = np.maximum.accumulate(codes, axis=1).astype(np.float32) * np.float32(GAP_STEP)
-    still = stayed[:, 0] & (moves == 0).all(axis=1)
-    return TopK(topk.positions, np.where(still[:, None], base.gaps, gaps))

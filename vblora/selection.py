@@ -1,61 +1,142 @@
 """The selection of every row as its difference from one that both sides hold.
 
-Most rows keep their set, many keep everything. Of a row that changed, each place is told as one of the
-reference's places or as a new one, and a new one by its rank among the places that the reference does not
-name: places are counted in the row's seeded order, where the next to be chosen are nearly always the first
-(`vblora.candidates`). Gaps lie on a grid of `GAP_STEP`; a gap of a set that stayed is told by its change.
+Most rows keep their set, many keep everything. A set is told by the places of the base's row that it lacks
+and by the new ones, as ranks among the places that the base's row does not name: places are counted in the
+row's seeded order, where the next to be chosen are nearly always the first (`vblora.candidates`); where they
+are not, as when sets are drawn evenly, packing all ranks of a row as one is shorter. Of the order only the
+largest place is told; the gaps give the others. The members of a row are counted thus: those of the base's
+row in its order, then the new ones by their places.
 
-Axes: S rows, k places a row.
+Gaps are values of `vblora.gaps`: of a row that stays, with the base's set and largest place, they are told as
+moves from the base's gaps, of any other as they are. Where gaps are no such values, rows that differ are told
+in full.
+
+Axes: S rows, k places a row; n of the rows.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vblora.entropy import Reader, decode_integers, encode_integers
 from vblora.errors import WireError
+from vblora.gaps import COARSEST, coarsest, from_moves, round_gaps, to_moves
 from vblora.state import TopK
+from vblora.subsets import decode_subsets, encode_subsets, steps
 
-__all__ = ["GAP_STEP", "LARGEST_GAP", "decode_selection", "encode_selection", "gap_codes", "on_gap_grid"]
+__all__ = ["Streams", "decode_selection", "encode_selection", "round_selection", "selection_streams"]
 
-GAP_STEP = 2.0**-6  # of a gap in logits: a weight moves by 0.4% at most
-LARGEST_GAP = 1024  # steps: a weight of e^-16
-
-SAME, REWEIGHTED, CHOSEN_ANEW = 0, 1, 2  # what became of a row
-
+Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+IN_FULL = 255  # in place of the exponent: gaps are float32
 
 
-def gap_codes(gaps: NDArray[np.float32]) -> Ints:
-    """The nearest steps of the grid, shape as `gaps`."""
-    codes: Ints = np.rint(np.clip(gaps / np.float32(GAP_STEP), 0, LARGEST_GAP)).astype(np.int64)
-    return codes
+@dataclass(frozen=True)
+class _Members:
+    """Rows as differences from the rows of a base.
+
+    Attributes:
+        lacks: (S, k) whether a place of the base's row is missing.
+        order: (S, k) at which place of the row each member stands.
+        missing: (S,) how many of the base's places are.
+        largest: (S,) the member that stands first.
+    """
+
+    lacks: Bools
+    order: Ints
+    missing: Ints
+    largest: Ints
+
+    @classmethod
+    def of(cls, topk: TopK, base: TopK) -> _Members:
+        k = topk.positions.shape[1]
+        hits = topk.positions[:, :, None] == base.positions[:, None, :]
+        slots = np.where(hits.any(axis=2), hits.argmax(axis=2), k)  # k: a new one
+        lacks, order = ~hits.any(axis=1), np.lexsort((topk.positions, slots), axis=1)
+        return cls(lacks, order, lacks.sum(axis=1), order.argmin(axis=1))
+
+    @property
+    def stays(self) -> Bools:
+        """(S,) whether a row has the base's set and largest place."""
+        return np.asarray((self.missing == 0) & (self.largest == 0))
+
+    def later_gaps(self, topk: TopK) -> Floats:
+        """(S, k - 1) gaps of the members without the largest."""
+        gaps = np.concatenate([np.zeros((len(topk.gaps), 1), np.float32), topk.gaps], axis=1)
+        later = _without(self.largest, self.order.shape[1])
+        return np.take_along_axis(np.take_along_axis(gaps, self.order, axis=1), later, axis=1)
 
 
-def on_gap_grid(topk: TopK, base: TopK) -> bool:
-    """Whether `encode_selection` can tell `topk`: every row is that of `base` or has its gaps on the grid."""
-    moved = topk.gaps[~topk.same_rows(base)]
-    return np.array_equal(_gaps(gap_codes(moved)), moved)
+@dataclass(frozen=True)
+class Streams:
+    """A selection taken apart into whole numbers.
+
+    Attributes:
+        how: exponent of the gaps, or `IN_FULL`.
+        lacks: which of the base's places are missing.
+        fresh: (n, t) ranks of the new places of rows with t of them, rising, for t of 1 to k.
+        order: which member is the largest; where gaps are in full also the others.
+        gaps: moves and values.
+        tail: gaps in full, instead.
+    """
+
+    how: int
+    lacks: list[Ints]
+    fresh: list[Ints]
+    order: list[Ints]
+    gaps: list[Ints]
+    tail: bytes = b""
+
+    @property
+    def all(self) -> list[Ints]:
+        """All of whole numbers."""
+        fresh = [step for ranks in self.fresh for step in steps(ranks)]
+        return [*self.lacks, *fresh, *self.order, *self.gaps]
 
 
-def encode_selection(topk: TopK, base: TopK) -> bytes:
-    """Write `topk`, for which `on_gap_grid` holds."""
-    same = topk.same_rows(base)
-    stayed = (topk.positions == base.positions).all(axis=1)
-    fates = np.where(same, SAME, np.where(stayed, REWEIGHTED, CHOSEN_ANEW))
-    anew = np.flatnonzero(fates == CHOSEN_ANEW)
-    out = [encode_integers(fates)]
-    slots, ranks = _slots(topk.positions[anew].astype(np.int64), base.positions[anew].astype(np.int64))
-    for _, stream in _by_context(slots):
-        out.append(encode_integers(stream))
-    out.append(encode_integers(ranks))
-    codes = gap_codes(topk.gaps)
-    steps = np.diff(codes[anew], prepend=0, axis=1)
-    reweighted = fates == REWEIGHTED
-    out.append(encode_integers(codes[reweighted] - gap_codes(base.gaps[reweighted])))
-    out.append(encode_integers(steps))
-    return b"".join(out)
+def encode_selection(topk: TopK, base: TopK, num_vectors: int) -> bytes:
+    """Write `topk` against `base`.
+
+    Raises:
+        WireError: a row does not name k different places below h.
+    """
+    ordered = np.sort(topk.positions, axis=1)
+    if (ordered < 0).any() or (ordered >= num_vectors).any() or (np.diff(ordered, axis=1) == 0).any():
+        raise WireError(f"selection: a row names a place twice, or one that is not 0 to {num_vectors - 1}")
+    found = selection_streams(topk, base)
+    free = num_vectors - topk.positions.shape[1]
+    parts = [bytes([found.how]), *map(encode_integers, found.lacks)]
+    parts += [encode_subsets(ranks, free) for ranks in found.fresh if len(ranks)]
+    parts += map(encode_integers, (*found.order, *found.gaps))
+    return b"".join([*parts, found.tail])
+
+
+def selection_streams(topk: TopK, base: TopK) -> Streams:
+    """What `encode_selection` writes, stream by stream."""
+    members, k = _Members.of(topk, base), topk.positions.shape[1]
+    lacks = [members.lacks[rows, place].astype(np.int64) for rows, place in _lack_streams(members.lacks)]
+    ranks = _ranks(np.take_along_axis(topk.positions, members.order, axis=1), base.positions)
+    by_missing = _by_missing(members.missing, k)
+    fresh = [ranks[rows, k - count :] for count, rows in enumerate(by_missing) if count]
+    order = [members.largest[rows] for rows in by_missing]
+    exponent = _exponent(topk, base, members)
+    if exponent is None:
+        differs = ~_same(topk, base)
+        later = members.order.argsort(axis=1)[differs, 1 : k - 1]
+        in_full = np.ascontiguousarray(topk.gaps[differs], "<f4").tobytes()
+        return Streams(IN_FULL, lacks, fresh, [*order, differs.astype(np.int64), *later.T], [], in_full)
+    gaps, stays = members.later_gaps(topk), members.stays
+    moves = [to_moves(gaps[stays], base.gaps[stays], exponent)]
+    for rows in _by_missing(np.where(stays, -1, members.missing), k):
+        moves.append(to_moves(gaps[rows], np.zeros_like(gaps[rows]), exponent))
+    return Streams(exponent, lacks, fresh, order, moves)
 
 
 def decode_selection(payload: bytes | memoryview, base: TopK, num_vectors: int) -> TopK:
@@ -64,71 +145,169 @@ def decode_selection(payload: bytes | memoryview, base: TopK, num_vectors: int) 
     Raises:
         WireError: the bytes are not a selection of these rows.
     """
-    data, (rows, k) = Reader(payload), base.positions.shape
-    fates = decode_integers(data, rows)
-    if not ((fates >= SAME) & (fates <= CHOSEN_ANEW)).all():
-        raise WireError("selection: a row is neither kept, nor weighed, nor chosen anew")
-    anew, reweighted = np.flatnonzero(fates == CHOSEN_ANEW), np.flatnonzero(fates == REWEIGHTED)
-    positions, gaps = base.positions.copy(), base.gaps.copy()
-    positions[anew] = _read_positions(data, base.positions[anew].astype(np.int64), num_vectors)
-    moves = decode_integers(data, reweighted.size * (k - 1)).reshape(reweighted.size, k - 1)
-    steps = decode_integers(data, anew.size * (k - 1)).reshape(anew.size, k - 1)
+    data = Reader(payload)
+    how = data.take(1)[0]
+    positions, missing = _read_sets(data, base, num_vectors)
+    largest = _read_largest(data, missing, positions.shape[1])
+    if how == IN_FULL:
+        found = _read_in_full(data, base, positions, largest)
+    elif how <= COARSEST:
+        found = _read_gaps(data, base, positions, missing, largest, how)
+    else:
+        raise WireError(f"selection: exponent {how}, expected 0 to {COARSEST}, or {IN_FULL}")
     data.finish()
-    gaps[reweighted] = _gaps(gap_codes(base.gaps[reweighted]) + moves)
-    gaps[anew] = _gaps(np.cumsum(steps, axis=1))
+    return found
+
+
+def round_selection(topk: TopK, base: TopK, exponent: int, noise: np.random.Generator) -> TopK:
+    """A selection whose gaps are values that a message can tell; a row like the base's keeps its bits.
+
+    Args:
+        topk: exact; where training has diverged it is given back, for the receiver to see.
+        base: what it will be told against.
+        exponent: gaps are every 2^exponent-th value of `vblora.gaps`.
+        noise: of the roundings.
+    """
+    if not np.isfinite(topk.gaps).all():
+        return topk
+    members = _Members.of(topk, base)
+    stays = members.stays[:, None]
+    places = members.order.argsort(axis=1)[:, 1:] - 1  # of a row that stays, members as the base has them
+    start = np.where(stays, np.take_along_axis(base.gaps, np.maximum(places, 0), axis=1), np.float32(0))
+    gaps = round_gaps(topk.gaps, start, exponent, noise)
+    kept = stays & (gaps == start).all(axis=1, keepdims=True)
+    ordered = _in_order(topk.positions, gaps)
+    return TopK(np.where(kept, base.positions, ordered.positions), np.where(kept, base.gaps, ordered.gaps))
+
+
+# --- Streams: which rows, which column; the same for who writes and who reads --------
+
+
+def _lack_streams(lacks: Bools) -> Iterator[tuple[Ints, int]]:
+    """Place by place of the base's rows, by how many before are missing."""
+    before = np.zeros(len(lacks), np.int64)
+    for place in range(lacks.shape[1]):
+        for count in range(place + 1):
+            yield np.flatnonzero(before == count), place
+        before = before + lacks[:, place]
+
+
+def _by_missing(missing: Ints, k: int) -> list[Ints]:
+    """Rows by how many of the base's places they lack, 0 to k."""
+    return [np.flatnonzero(missing == count) for count in range(k + 1)]
+
+
+# --- Writing -------------------------------------------------------------------------
+
+
+def _exponent(topk: TopK, base: TopK, members: _Members) -> int | None:
+    """Of the coarsest values that tell all gaps; None where gaps do not tell a row."""
+    same, stays, gaps = _same(topk, base), members.stays, members.later_gaps(topk)
+    as_base = stays[:, None] & (gaps.view(np.uint32) == base.gaps.view(np.uint32))
+    if (stays & as_base.all(axis=1) & ~same).any():
+        return None
+    positions = _in_order(topk.positions[~same], topk.gaps[~same]).positions
+    return coarsest(gaps[~as_base]) if np.array_equal(positions, topk.positions[~same]) else None
+
+
+def _ranks(members: NDArray[np.int32], base: NDArray[np.int32]) -> Ints:
+    """(S, k) ranks of places among those that the base's row does not name; of such places only."""
+    return np.asarray(members - (base[:, None, :] < members[:, :, None]).sum(axis=2))
+
+
+def _same(topk: TopK, base: TopK) -> Bools:
+    """(S,) rows that are the base's to the bit."""
+    bits = topk.gaps.view(np.uint32) == base.gaps.view(np.uint32)
+    return np.asarray((topk.positions == base.positions).all(axis=1) & bits.all(axis=1))
+
+
+# --- Reading -------------------------------------------------------------------------
+
+
+def _read_sets(data: Reader, base: TopK, num_vectors: int) -> tuple[NDArray[np.int32], Ints]:
+    """(S, k) places of the members, and (S,) how many of the base's are missing."""
+    k = base.positions.shape[1]
+    lacks = np.zeros(base.positions.shape, np.bool_)
+    for rows, place in _lack_streams(lacks):  # which goes on from what is filled in here
+        lacks[rows, place] = _bounded("a place that is missing or not", decode_integers(data, rows.size), 1)
+    missing = lacks.sum(axis=1)
+    members = np.take_along_axis(base.positions, lacks.argsort(axis=1, kind="stable"), axis=1)
+    for count, rows in enumerate(_by_missing(missing, k)):
+        if count and rows.size:
+            ranks = decode_subsets(data, rows.size, count, num_vectors - k)
+            for named in np.sort(base.positions[rows], axis=1).T:
+                ranks += ranks >= named[:, None]  # at or above the j-th named place it is one further
+            members[rows, k - count :] = ranks
+    return members, missing
+
+
+def _read_largest(data: Reader, missing: Ints, k: int) -> Ints:
+    largest = np.zeros(len(missing), np.int64)
+    for rows in _by_missing(missing, k):
+        largest[rows] = _bounded("the largest member", decode_integers(data, rows.size), k - 1)
+    return largest
+
+
+def _read_gaps(
+    data: Reader,
+    base: TopK,
+    members: NDArray[np.int32],
+    missing: Ints,
+    largest: Ints,
+    exponent: int,
+) -> TopK:
+    """Gaps as moves and values; they give the order of the members."""
+    rows, k = members.shape
+    gaps = np.zeros((rows, k - 1), np.float32)
+    stays = (missing == 0) & (largest == 0)
+    for inside in (np.flatnonzero(stays), *_by_missing(np.where(stays, -1, missing), k)):
+        start = np.where(stays[inside, None], base.gaps[inside], np.float32(0))
+        moves = decode_integers(data, start.size).reshape(start.shape)
+        values = from_moves(moves, start, exponent)
+        if values is None:
+            raise WireError(f"selection: a gap of {moves.min()} to {moves.max()} values is beyond the last")
+        gaps[inside] = values
+    kept = (stays & (gaps.view(np.uint32) == base.gaps.view(np.uint32)).all(axis=1))[:, None]
+    first = np.take_along_axis(members, largest[:, None], axis=1)
+    later = np.take_along_axis(members, _without(largest, k), axis=1)
+    found = _in_order(np.concatenate([first, later], axis=1), gaps)
+    return TopK(np.where(kept, base.positions, found.positions), np.where(kept, base.gaps, found.gaps))
+
+
+def _read_in_full(data: Reader, base: TopK, members: NDArray[np.int32], largest: Ints) -> TopK:
+    """Order and gaps of the rows that differ from the base's."""
+    rows, k = members.shape
+    differs = np.flatnonzero(_bounded("a row that differs or not", decode_integers(data, rows), 1))
+    at = np.zeros((differs.size, k), np.int64)
+    at[:, 0] = largest[differs]
+    for place in range(1, k - 1):
+        at[:, place] = _bounded("a member", decode_integers(data, differs.size), k - 1)
+    at[:, k - 1] = k * (k - 1) // 2 - at[:, : k - 1].sum(axis=1)  # the one that is left
+    if not np.array_equal(np.sort(at, axis=1), np.broadcast_to(np.arange(k), at.shape)):
+        raise WireError("selection: a row names a member twice")
+    positions, gaps = base.positions.copy(), base.gaps.copy()
+    positions[differs] = np.take_along_axis(members[differs], at, axis=1)
+    floats = np.frombuffer(data.take(4 * differs.size * (k - 1)), "<f4")
+    gaps[differs] = floats.reshape(differs.size, k - 1)
     return TopK(positions, gaps)
 
 
-def _gaps(codes: Ints) -> NDArray[np.float32]:
-    if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) <= LARGEST_GAP:
-        raise WireError(
-            f"selection: gaps run from {codes.min()} to {codes.max()} steps, expected 0 to {LARGEST_GAP}"
-        )
-    return codes.astype(np.float32) * np.float32(GAP_STEP)
+def _bounded(what: str, numbers: NDArray[Any], most: int) -> NDArray[Any]:
+    if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) <= most:
+        raise WireError(f"selection: {what} is {numbers.min()} to {numbers.max()}, expected 0 to {most}")
+    return numbers
 
 
-def _slots(positions: Ints, base: Ints) -> tuple[Ints, Ints]:
-    """(n, k) which of the base's places each is, k for a new one; (m,) ranks of the new ones, in order."""
-    k = base.shape[1]
-    hits = positions[:, :, None] == base[:, None, :]
-    slots = np.where(hits.any(axis=2), hits.argmax(axis=2), k)
-    below = (base[:, None, :] < positions[:, :, None]).sum(axis=2)
-    return slots, (positions - below)[slots == k]
+def _in_order(positions: NDArray[np.int32], gaps: Floats) -> TopK:
+    """The later places of each row by their gaps, equal ones by their places: the order that gaps tell."""
+    if gaps.shape[1] < 2:
+        return TopK(positions, gaps)
+    order = np.lexsort((positions[:, 1:], gaps), axis=1)
+    later = np.take_along_axis(positions[:, 1:], order, axis=1)
+    return TopK(np.concatenate([positions[:, :1], later], axis=1), np.take_along_axis(gaps, order, axis=1))
 
 
-def _by_context(slots: Ints) -> list[tuple[NDArray[np.bool_], Ints]]:
-    """Streams of slots: the first of all rows, then each later one by what stands before it.
-
-    Gives (rows of the stream, its symbols).
-    """
-    rows, k = slots.shape
-    streams = [(np.ones(rows, np.bool_), slots[:, 0])]
-    for turn in range(1, k):
-        for before in range(k + 1):
-            inside = slots[:, turn - 1] == before
-            streams.append((inside, slots[inside, turn]))
-    return streams
-
-
-def _read_positions(data: Reader, base: Ints, num_vectors: int) -> NDArray[np.int32]:
-    rows, k = base.shape
-    slots = np.zeros((rows, k), np.int64)
-    slots[:, 0] = decode_integers(data, rows)
-    for turn in range(1, k):
-        for before in range(k + 1):
-            inside = slots[:, turn - 1] == before
-            slots[inside, turn] = decode_integers(data, int(inside.sum()))
-    if slots.size and not 0 <= int(slots.min()) <= int(slots.max()) <= k:
-        raise WireError(f"selection: a place refers to {int(slots.max())}, expected 0 to {k}")
-    fresh = slots == k
-    ranks = decode_integers(data, int(fresh.sum())).astype(np.int64)
-    if ranks.size and not 0 <= int(ranks.min()) <= int(ranks.max()) < num_vectors - k:
-        raise WireError(
-            f"selection: new places rank {ranks.min()} to {ranks.max()}, expected 0 to {num_vectors - k - 1}"
-        )
-    positions = np.take_along_axis(base, np.minimum(slots, k - 1), axis=1)
-    named = np.sort(base, axis=1)[np.nonzero(fresh)[0]]
-    for place in range(k):  # a place at or above the j-th named one is one further than its rank
-        ranks = ranks + (ranks >= named[:, place])
-    positions[fresh] = ranks
-    return positions.astype(np.int32)
+def _without(largest: Ints, k: int) -> Ints:
+    """(S, k - 1) the members but one."""
+    members = np.arange(k - 1)
+    return np.asarray(members + (members >= largest[:, None]))

@@ -3,7 +3,8 @@
 Nothing is lost here: what was to be given up has been given up in `vblora.rounding`. Every section is written
 in the smallest form that gives it back to the bit, so a state that lies on the grid travels as its difference
 from one that the receiver holds, and any other travels whole. A section that does not differ from the base
-is left out; the base of an update is the state that it was trained from.
+is left out; the base of an update is the state that it was trained from. A selection without a base is told
+from version 0's, which all can draw.
 
 Nothing is allocated from a declared size before it was checked against the blueprint and the bytes at hand.
 """
@@ -14,16 +15,17 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vblora.entropy import Reader, decode_integers, encode_integers
+from vblora.entropy import Reader
 from vblora.errors import UnknownStateError, WireError
 from vblora.frame import Encoding, Header, Kind, Section, read_blob, write_blob
-from vblora.packing import index_bits, pack_integers, packed_size, unpack_integers
+from vblora.lanes import decode_lanes, encode_lanes
 from vblora.rounding import from_grid, on_grid
-from vblora.selection import decode_selection, encode_selection, on_gap_grid
+from vblora.selection import decode_selection, encode_selection
 from vblora.spec import Blueprint
 from vblora.state import State, TopK, Update, content_faults, initial_state
 
@@ -54,7 +56,7 @@ def encode_state(state: State, blueprint: Blueprint, base: State | None = None) 
         None if base is None else base.version,
         bytes(16) if base is None else base.digest,
     )
-    sections = list(_selection_sections(state.topk, None if base is None else base.topk, blueprint))
+    sections = list(_selection_section(state.topk, base, blueprint))
     for name in blueprint.dense_shapes:
         values = state.dense[name]
         if base is None:
@@ -104,8 +106,7 @@ def encode_update(update: Update, blueprint: Blueprint, reference: State | None 
         bytes(16) if reference is None else reference.digest,
         update.examples,
     )
-    topk = None if reference is None else reference.topk
-    sections = list(_selection_sections(update.topk, topk, blueprint))
+    sections = list(_selection_section(update.topk, reference, blueprint))
     for name in blueprint.dense_shapes:
         change = update.dense[name]
         if reference is None or change.view(np.uint32).any():
@@ -135,11 +136,17 @@ def _base(header: Header, blueprint: Blueprint, held: Mapping[bytes, State]) -> 
     if found is None and header.base_version == 0 and initial(blueprint).digest == header.base_digest:
         return initial(blueprint)
     if found is None:
+        versions = map(str, sorted({0, *(state.version for state in held.values())}))
         raise UnknownStateError(
             f"blob: builds on version {header.base_version} ({header.base_digest.hex()[:8]}), "
-            f"held are {sorted(state.version for state in held.values()) or 'version 0 alone'}"
+            f"expected one that is held: {', '.join(versions)}"
         )
     return found
+
+
+def _selection_base(base: State | None, blueprint: Blueprint) -> TopK | None:
+    """What a selection is told from: the base's, or version 0's."""
+    return (initial(blueprint) if base is None else base).topk
 
 
 def _read_for(blob: bytes, kind: Kind, blueprint: Blueprint) -> tuple[Header, list[Section]]:
@@ -158,17 +165,13 @@ def _read_for(blob: bytes, kind: Kind, blueprint: Blueprint) -> tuple[Header, li
 # --- Writing -------------------------------------------------------------------------
 
 
-def _selection_sections(topk: TopK | None, base: TopK | None, blueprint: Blueprint) -> Iterator[Section]:
-    if topk is None or blueprint.topk_shape is None:
+def _selection_section(topk: TopK | None, base: State | None, blueprint: Blueprint) -> Iterator[Section]:
+    start = _selection_base(base, blueprint)
+    if topk is None or start is None or blueprint.topk_shape is None:
         return
-    if base is not None and on_gap_grid(topk, base):
-        if not topk.same_rows(base).all():
-            payload = encode_selection(topk, base)
-            yield Section("selection", Encoding.SELECTION, topk.positions.shape, payload)
-        return
-    packed = pack_integers(topk.positions, index_bits(blueprint.topk_shape[2]))
-    yield Section("positions", Encoding.PACKED, topk.positions.shape, packed)
-    yield _float_section("gaps", topk.gaps)
+    if not (_same(topk.positions, start.positions) and _same(topk.gaps, start.gaps)):
+        payload = encode_selection(topk, start, blueprint.topk_shape[2])
+        yield Section("selection", Encoding.SELECTION, topk.positions.shape, payload)
 
 
 def _float_section(name: str, array: Floats) -> Section:
@@ -182,7 +185,7 @@ def _grid_section(name: str, values: Floats, base: Floats, start: Floats) -> Sec
         return None
     change = new - old
     exponent = _common_exponent(change)
-    payload = bytes([exponent]) + encode_integers(change >> exponent)
+    payload = bytes([exponent]) + encode_lanes(change >> exponent)
     return Section(name, Encoding.GRID, values.shape, payload)
 
 
@@ -196,14 +199,15 @@ def _change_section(name: str, change: Floats, step: float) -> Section:
     bits = np.ascontiguousarray(change, "<f4").view("<u4")
     if step:
         whole = np.rint(change / np.float32(step)).astype(np.int64)
-        payload = np.array(step, "<f4").tobytes() + encode_integers(whole)
+        payload = np.array(step, "<f4").tobytes() + encode_lanes(whole)
         return Section(name, Encoding.STEPS, change.shape, payload)
     if not (bits & 0xFFFF).any():
         return Section(name, Encoding.BFLOAT16, change.shape, (bits >> 16).astype("<u2").tobytes())
     return _float_section(name, change)
 
 
-def _same(one: Floats, other: Floats) -> bool:
+def _same(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """To the bit; 4 bytes a number."""
     return np.array_equal(one.view(np.uint32), other.view(np.uint32))
 
 
@@ -220,7 +224,7 @@ def _read_state(sections: list[Section], blueprint: Blueprint, base: State | Non
             dense[name] = _values(found[name], shape, old, blueprint)
         elif old is not None:
             dense[name] = old
-    return State(0, dense, _read_topk(found, blueprint, None if base is None else base.topk))
+    return State(0, dense, _read_topk(found, blueprint, base))
 
 
 def _read_changes(
@@ -233,33 +237,27 @@ def _read_changes(
         dense[name] = _change(found[name], shape) if name in found else np.zeros(shape, np.float32)
         if name in found and found[name].encoding is Encoding.STEPS:
             steps[name] = float(np.frombuffer(found[name].payload, "<f4", 1)[0])
-    return dense, _read_topk(found, blueprint, None if base is None else base.topk), steps
+    return dense, _read_topk(found, blueprint, base), steps
 
 
 def _named(sections: list[Section], blueprint: Blueprint, base: State | None) -> dict[str, Section]:
     """Sections by name: none twice, none unknown, and without a base none missing."""
     found = {section.name: section for section in sections}
-    whole = base is None or "positions" in found or "gaps" in found
-    chosen = {"positions", "gaps"} if whole else {"selection"}
-    known = {*blueprint.dense_shapes, *(chosen if blueprint.topk_shape else ())}
-    required = known if base is None else known & ({"positions", "gaps"} if whole else set())
-    if len(found) < len(sections) or not required <= set(found) <= known:
+    known = {*blueprint.dense_shapes, *(("selection",) if blueprint.topk_shape else ())}
+    required = blueprint.dense_shapes.keys() if base is None else set()
+    if len(found) < len(sections) or not required <= found.keys() <= known:
         names = [section.name for section in sections]
         raise WireError(f"blob: sections are {names}, expected {sorted(known)}, each once")
     return found
 
 
-def _read_topk(found: Mapping[str, Section], blueprint: Blueprint, base: TopK | None) -> TopK | None:
-    if blueprint.topk_shape is None:
-        return None
+def _read_topk(found: Mapping[str, Section], blueprint: Blueprint, base: State | None) -> TopK | None:
+    start = _selection_base(base, blueprint)
+    if start is None or blueprint.topk_shape is None or "selection" not in found:
+        return start
     rows, k, h = blueprint.topk_shape
-    if "positions" in found:
-        positions = _packed(found["positions"], (rows, k), index_bits(h))
-        return TopK(positions, _floats(found["gaps"], (rows, k - 1)))
-    if base is None or "selection" not in found:
-        return base
     _expect(found["selection"], Encoding.SELECTION, (rows, k))
-    return decode_selection(found["selection"].payload, base, h)
+    return decode_selection(found["selection"].payload, start, h)
 
 
 def _values(section: Section, shape: tuple[int, ...], base: Floats | None, blueprint: Blueprint) -> Floats:
@@ -275,7 +273,7 @@ def _values(section: Section, shape: tuple[int, ...], base: Floats | None, bluep
         raise WireError(
             f"blob: section {section.name} has exponent {exponent} on a base that may be off the grid"
         )
-    change = decode_integers(data, math.prod(shape)).reshape(shape)
+    change = decode_lanes(data, math.prod(shape)).reshape(shape)
     data.finish()
     return from_grid(start, old + (change.astype(np.int64) << exponent))
 
@@ -286,9 +284,11 @@ def _change(section: Section, shape: tuple[int, ...]) -> Floats:
         _expect(section, Encoding.STEPS, shape)
         data = Reader(section.payload)
         step = np.frombuffer(data.take(4), "<f4")[0]
-        whole = decode_integers(data, math.prod(shape)).reshape(shape)
+        change = decode_lanes(data, math.prod(shape)).reshape(shape).astype(np.float32)
         data.finish()
-        return np.asarray(whole.astype(np.float32) * step, np.float32)
+        with np.errstate(all="ignore"):  # whatever comes of any step is judged later
+            change *= step
+        return change
     if section.encoding is Encoding.BFLOAT16:
         _expect(section, Encoding.BFLOAT16, shape, 2 * math.prod(shape))
         bits = np.frombuffer(section.payload, "<u2").astype(np.uint32) << 16
@@ -299,12 +299,6 @@ def _change(section: Section, shape: tuple[int, ...]) -> Floats:
 def _floats(section: Section, shape: tuple[int, ...]) -> Floats:
     _expect(section, Encoding.FLOAT32, shape, 4 * math.prod(shape))
     return np.frombuffer(section.payload, "<f4").astype(np.float32).reshape(shape)
-
-
-def _packed(section: Section, shape: tuple[int, ...], bits: int) -> NDArray[np.int32]:
-    count = math.prod(shape)
-    _expect(section, Encoding.PACKED, shape, packed_size(count, bits))
-    return unpack_integers(section.payload, count, bits).reshape(shape)
 
 
 def _expect(section: Section, encoding: Encoding, shape: tuple[int, ...], length: int | None = None) -> None:

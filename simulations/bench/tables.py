@@ -7,6 +7,8 @@ from typing import Any
 
 __all__ = ["print_table"]
 
+WIDEST = 200  # characters; a terminal breaks lines that are too long for it, a file does not
+
 
 def print_table(
     title: str,
@@ -27,7 +29,9 @@ def print_table(
             table.add_column(heading, justify="right" if at else "left")
         for row in cells:
             table.add_row(*row)
-        Console().print(table)
+        console = Console()
+        widest = console.measure(table, options=console.options.update(width=WIDEST)).maximum
+        Console(width=max(console.width, widest)).print(table)
     for note in notes:
         print(note)
 

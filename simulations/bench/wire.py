@@ -11,40 +11,28 @@ import json
 import math
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from io import BytesIO
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fl_client.assembly import assemble, load_texts
-from fl_client.base import find_device, load_base
-from fl_client.serve import answer
-from fl_client.settings import SiteSettings
-from fl_server.exchange import Reply, Request
-from fl_server.observer import LogObserver
-from fl_server.rounds import run_rounds
-from fl_server.settings import ServerSettings
-from simulations.bench.learning import read_study, texts_file
+from simulations.bench.learning import read_study
+from simulations.bench.recorder import record
+from simulations.bench.sets import measure_churn, measure_sets
 from simulations.bench.tables import print_table
-from simulations.direct import DirectExchange
 from simulations.replay import PHASES, replayed_update, write_message
 from vblora.entropy import entropy_bits
 from vblora.files import write_atomic
 from vblora.frame import section_bytes
-from vblora.packing import index_bits, pack_integers
-from vblora.rounding import WIRES, WireSettings, round_update
-from vblora.selection import encode_selection
+from vblora.lanes import lane_entropy
+from vblora.rounding import WIRES, WireSettings
+from vblora.selection import selection_streams
 from vblora.spec import Blueprint, HeadTensor, Linear, LoRASpec, VBLoRASpec
-from vblora.state import State, TopK, Update
-from vblora.wire import decode_state, decode_update, initial
+from vblora.state import State, Update
+from vblora.wire import decode_state, decode_update
 
-__all__ = ["SHAPES", "measure", "record", "run", "shape_blueprint"]
-
-RECORDED_ROWS, RECORDED_VECTORS = 4096, 384
+__all__ = ["SHAPES", "TARGETS", "entropies", "measure", "run", "shape_blueprint"]
 
 
 def _llama(hidden: int, inner: int, layers: int, key_value: int) -> list[tuple[int, int]]:
@@ -60,6 +48,18 @@ SHAPES: dict[str, tuple[list[tuple[int, int]], tuple[int, int, int], int, int]] 
     "RoBERTa-large q,v": ([(1024, 1024)] * 48, (4, 90, 256), 8, 0),
     "MiniLM": ([(384, 384)] * 24 + [(384, 1536), (1536, 384)] * 6 + [(384, 384)], (4, 256, 128), 8, 770),
 }
+# kB of a first and a steady update and of a state, without the head, that the default wire must keep to.
+TARGETS: Mapping[str, tuple[float, float, float]] = {
+    "Llama-2-13B": (550, 300, 600),
+    "Llama-2-7B": (360, 240, 420),
+    "Llama-3.2-3B": (90, 37, 100),
+    "RoBERTa-large q,v": (13, 10, 16),
+}
+NOTES = (
+    "first, steady: an update of round 1, of the last third; down: from the last state to the next.",
+    "head and bank: of steady; the other columns leave the head out. × LoRA: float32 LoRA over steady.",
+    "s: CPU seconds of rounding, writing and reading a steady update.",
+)
 
 
 def shape_blueprint(name: str, lora: bool = False) -> Blueprint:
@@ -72,18 +72,24 @@ def shape_blueprint(name: str, lora: bool = False) -> Blueprint:
 
 
 def measure(name: str, wire: WireSettings) -> dict[str, Any]:
-    """Bytes of one shape through one wire, by phase and section, with seconds of both directions."""
+    """Bytes of one shape through one wire, by phase and section, with CPU seconds of both directions.
+
+    Of updates also what the parts need at least, in bytes: `entropies`.
+    """
     blueprint = shape_blueprint(name)
     found: dict[str, Any] = {"shape": name, "rows": blueprint.rows, "lora_float32": _lora_bytes(name)}
     for phase in PHASES:
         reference, exact = replayed_update(blueprint, phase)
-        started = time.perf_counter()
+        parts: dict[str, float] = {}
+        started = time.process_time()
         blob = write_message(blueprint, phase, reference, exact, wire)
         if phase == "down":
             decode_state(blob, blueprint, {reference.digest: reference})
+            seconds = time.process_time() - started
         else:
-            decode_update(blob, blueprint, reference)
-        seconds = time.perf_counter() - started
+            rounded = decode_update(blob, blueprint, reference)
+            seconds = time.process_time() - started
+            parts = entropies(rounded, reference)
         sections = section_bytes(blob)
         head = sections.pop("head", 0)
         found[phase] = {
@@ -91,181 +97,114 @@ def measure(name: str, wire: WireSettings) -> dict[str, Any]:
             "head": head,
             "sections": sections,
             "seconds": seconds,
-            "bank_entropy_bytes": 0.0 if phase == "down" else _entropy(exact, reference, wire),
+            "entropies": parts,
         }
     return found
 
 
-def measure_selections(name: str) -> dict[str, Any]:
-    """Bytes of the sets of one shape's first and steady updates, and of sets drawn evenly, by coder."""
-    blueprint = shape_blueprint(name)
-    assert blueprint.topk_shape is not None
-    rows, k, h = blueprint.topk_shape
-    limit = rows * math.log2(math.comb(h, k)) / 8
-    found: dict[str, Any] = {"shape": name, "limit": limit}
-    rng = np.random.default_rng(0)
-    even = initial(blueprint)
-    assert even.topk is not None
-    first = rng.integers(h, size=rows)
-    drawn = np.stack([first, (first + rng.integers(1, h, size=rows)) % h], axis=1).astype(np.int32)
-    cases = {"even": (even.topk, TopK(drawn, np.zeros_like(even.topk.gaps)))}
-    for phase in ("first", "steady"):
-        reference, update = replayed_update(blueprint, phase)
-        assert reference.topk is not None
-        assert update.topk is not None
-        cases[phase] = reference.topk, update.topk
-    for case, (base, topk) in cases.items():
-        packed = pack_integers(topk.positions, index_bits(h))
-        kept = (topk.positions == base.positions).all(axis=1, keepdims=True)
-        bare = TopK(topk.positions, np.where(kept, base.gaps, np.float32(0)))  # sets without weights
-        found[case] = {
-            "packed": len(packed),
-            "zstd": _zstd(packed),
-            "zlib": len(zlib.compress(packed, 9)),
-            "ours": len(encode_selection(bare, base)),
-            "kept": float(kept.mean()),
-        }
+def entropies(update: Update, reference: State) -> dict[str, float]:
+    """Bytes that the parts of an update need at least, each stream told by its own frequencies: its sets,
+    its gaps and the sections that are on steps; all others as they are."""
+    found = {}
+    for name, change in update.dense.items():
+        step = update.steps.get(name, 0.0)
+        whole = np.rint(change / step).astype(np.int64) if step else None
+        found[name] = change.nbytes if whole is None else lane_entropy(whole) / 8
+    if update.topk is not None and reference.topk is not None:
+        streams = selection_streams(update.topk, reference.topk)
+        sets = streams.all[: len(streams.all) - len(streams.gaps)]
+        found["sets"] = sum(map(entropy_bits, sets)) / 8
+        found["gaps"] = sum(map(entropy_bits, streams.gaps)) / 8 + len(streams.tail)
     return found
 
 
 def run(target: Path | None) -> None:
     """Measure all shapes and print tables; `target` gets everything as JSON."""
     wires = {preset: [measure(name, wire) for name in SHAPES] for preset, wire in WIRES.items()}
-    sets = [measure_selections(name) for name in SHAPES]
-    columns: dict[str, Callable[[Any], str]] = {
+    sets = [
+        {"shape": name, "case": case, **sizes}
+        for name in SHAPES
+        for case, sizes in measure_sets(shape_blueprint(name)).items()
+    ]
+    churn = measure_churn()
+    for preset, found in wires.items():
+        print_table(f"--wire {preset}: kB a message", found, _size_columns(preset == "default"))
+    print(*NOTES, "", sep="\n")
+    parts = [
+        {"shape": row["shape"], "phase": phase, **row[phase]}
+        for row in wires["default"]
+        for phase in ("first", "steady")
+    ]
+    print_table("--wire default: kB that the parts need at least, and what is sent", parts, _part_columns())
+    print_table("Rows that keep their set, by phase of the recorded run", churn, _churn_columns())
+    print_table("Sets of the rows: kB by coder", sets, _set_columns())
+    print("kept: rows that keep their set; limit: log2 C(h, k) bits a row.")
+    if target is not None:
+        write_atomic(target, json.dumps({"wires": wires, "sets": sets, "churn": churn}, indent=1) + "\n")
+
+
+Columns = dict[str, Callable[[Any], str]]
+
+
+def _size_columns(targets: bool) -> Columns:
+    def size(phase: str, at: int) -> Callable[[Any], str]:
+        def show(row: Any) -> str:
+            limit = TARGETS.get(row["shape"]) if targets else None
+            return _kb(row[phase]["bytes"]) + (f" (≤ {limit[at]:g})" if limit else "")
+
+        return show
+
+    return {
         "shape": lambda row: row["shape"],
         "rows": lambda row: f"{row['rows']:,}",
-        "first": lambda row: _kb(row["first"]["bytes"]),
-        "steady": lambda row: _kb(row["steady"]["bytes"]),
-        "down": lambda row: _kb(row["down"]["bytes"]),
+        **{phase: size(phase, at) for at, phase in enumerate(PHASES)},
         "head": lambda row: _kb(row["steady"]["head"]),
         "bank": lambda row: _kb(row["steady"]["sections"].get("bank", 0)),
         "× LoRA": lambda row: f"{row['lora_float32'] / row['steady']['bytes']:,.0f}",
         "s": lambda row: f"{row['steady']['seconds']:.2f}",
     }
-    for preset, found in wires.items():
-        print_table(f"--wire {preset}: kB a message", found, columns)
-    print("first, steady: an update of round 1, of the last third; down: from the last state to the next.")
-    print("head and bank: of steady; the other columns leave the head out. × LoRA: float32 LoRA over steady.")
-    print("s: seconds of rounding, writing and reading a steady update.\n")
-    flat = [
-        {"shape": row["shape"], "case": case, "limit": row["limit"], **row[case]}
-        for row in sets
-        for case in ("first", "steady", "even")
-    ]
-    print_table(
-        "Sets of the rows: kB by coder",
-        flat,
-        {
-            "shape": lambda row: row["shape"],
-            "sets": lambda row: row["case"],
-            "kept": lambda row: f"{row['kept']:.0%}",
-            "limit": lambda row: _kb(row["limit"]),
-            **{coder: partial(_coder, coder) for coder in ("packed", "zlib", "zstd", "ours")},
-        },
-    )
-    print("kept: rows that keep their set; limit: log2 C(h, k) bits a row, order apart (one bit more).")
-    if target is not None:
-        write_atomic(target, json.dumps({"wires": wires, "sets": sets}, indent=1) + "\n")
 
 
-def record(config: dict[str, Any], texts: Path, target: Path) -> None:
-    """Train a run, lossless, and keep rows of what its updates and states changed."""
-    settings = SiteSettings.from_run_config({**config, "wire": "lossless"})
-    prepared = load_texts(texts_file(texts, settings))
-    device = find_device(settings.device)
-    base = load_base(settings.model, prepared.labels, device, dtype=settings.dtype, seed=settings.data.seed)
-    site = assemble(settings, prepared, base)
-    server = ServerSettings.from_run_config({**config, "wire": "lossless", "out": f"{target}.run"})
-    tap = _Tap(DirectExchange(partial(answer, site), server.clients), site.blueprint, server.rounds)
-    run_rounds(tap, server, LogObserver())
-    tap.save(target)
+def _part_columns() -> Columns:
+    def part(name: str) -> Callable[[Any], str]:
+        return lambda row: _kb(row["entropies"].get(name, 0))
+
+    def total(row: Any) -> float:
+        return float(sum(row["entropies"].values()))
+
+    return {
+        "shape": lambda row: row["shape"],
+        "update": lambda row: row["phase"],
+        **{name: part(name) for name in ("bank", "head", "sets", "gaps")},
+        "sum": lambda row: _kb(total(row)),
+        "sent": lambda row: _kb(row["bytes"] + row["head"]),
+        "more": lambda row: f"{(row['bytes'] + row['head']) / total(row) - 1:+.1%}",
+    }
 
 
-class _Tap:
-    """An `Exchange` that keeps what passes: updates of the first round and of the last third, states."""
+def _churn_columns() -> Columns:
+    def share(name: str) -> Callable[[Any], str]:
+        return lambda row: f"{row[name]:.1%}"
 
-    def __init__(self, inner: DirectExchange, blueprint: Blueprint, rounds: int) -> None:
-        self.lasting = inner.lasting
-        self._inner, self._blueprint, self._steady = inner, blueprint, 2 * rounds // 3
-        self._states: dict[bytes, State] = {}
-        self._pairs: dict[str, list[tuple[State, Update]]] = {phase: [] for phase in PHASES}
-
-    def present(self) -> list[str]:
-        return self._inner.present()
-
-    def clients(self) -> list[str]:
-        return self._inner.clients()
-
-    def ask(self, requests: Sequence[Request], timeout: float) -> Iterator[Reply]:
-        for reply in self._inner.ask(requests, timeout):
-            if reply.blob:
-                state = self._read(requests[0].blob)
-                update = decode_update(reply.blob, self._blueprint, state)
-                phase = "first" if state.version == 0 else "steady" if state.version >= self._steady else ""
-                if phase:
-                    self._pairs[phase].append((state, update))
-            yield reply
-
-    def _read(self, blob: bytes) -> State:
-        state = decode_state(blob, self._blueprint, self._states)
-        if state.digest not in self._states:
-            for old in self._states.values():
-                if old.version == state.version - 1 >= self._steady:
-                    dense = {name: state.dense[name] - old.dense[name] for name in state.dense}
-                    way = Update(old.version, old.digest, 1, dense, state.topk)
-                    self._pairs["down"].append((old, way))
-            self._states[state.digest] = state
-        return state
-
-    def save(self, target: Path) -> None:
-        """Draw rows of all pairs and write them."""
-        rng = np.random.default_rng(0)
-        arrays: dict[str, Any] = {}
-        for phase, pairs in self._pairs.items():
-            bases, ways = [old.topk for old, _ in pairs], [way.topk for _, way in pairs]
-            columns = {
-                "base": np.concatenate([topk.positions for topk in bases if topk]).astype(np.int16),
-                "chosen": np.concatenate([topk.positions for topk in ways if topk]).astype(np.int16),
-                "base_gaps": np.concatenate([topk.gaps[:, 0] for topk in bases if topk]),
-                "gaps": np.concatenate([topk.gaps[:, 0] for topk in ways if topk]),
-            }
-            at = rng.choice(len(columns["base"]), RECORDED_ROWS, replace=False)
-            # float32 for gaps: a row that did not change is told by its bits
-            arrays |= {f"{phase}_{name}": column[at] for name, column in columns.items()}
-            bank = np.concatenate([way.dense["bank"] for _, way in pairs])
-            at = rng.choice(len(bank), RECORDED_VECTORS, replace=False)
-            arrays[f"{phase}_bank"] = bank[at].astype(np.float16)
-            head = np.concatenate([way.dense["head"] for _, way in pairs])
-            arrays[f"{phase}_head"] = rng.choice(head, 2048, replace=False).astype(np.float16)
-        buffer = BytesIO()
-        np.savez_compressed(buffer, **arrays)
-        write_atomic(target, buffer.getvalue())
+    names = ("same", "turned", "one new", "two new", "moved")
+    return {"phase": lambda row: row["phase"], **{name: share(name) for name in names}}
 
 
-def _entropy(exact: Update, reference: State, wire: WireSettings) -> float:
-    """Bytes that the bank's steps take at least; 0 where it is not on steps."""
-    update, _ = round_update(exact, reference, wire, {}, np.random.default_rng(0))
-    step = update.steps.get("bank", 0.0)
-    return entropy_bits(np.rint(update.dense["bank"] / step).astype(np.int64)) / 8 if step else 0.0
+def _set_columns() -> Columns:
+    def size(name: str) -> Callable[[Any], str]:
+        return lambda row: _kb(row[name]) if row[name] else "-"
+
+    return {
+        "shape": lambda row: row["shape"],
+        "sets": lambda row: row["case"],
+        "kept": lambda row: f"{row['kept']:.0%}",
+        **{name: size(name) for name in ("limit", "packed", "zlib", "zstd", "ours", "with order")},
+    }
 
 
 def _lora_bytes(name: str) -> int:
     blueprint = shape_blueprint(name, lora=True)
     return 4 * math.prod(blueprint.dense_shapes["rows"])
-
-
-def _zstd(content: bytes) -> int:
-    """Bytes after zstd at its highest level, by pyarrow, which comes with datasets."""
-    try:
-        import pyarrow
-    except ImportError:
-        return 0
-    return len(pyarrow.Codec("zstd", compression_level=22).compress(content, asbytes=True))
-
-
-def _coder(coder: str, row: dict[str, Any]) -> str:
-    return _kb(row[coder]) if row[coder] else "-"
 
 
 def _kb(count: float) -> str:

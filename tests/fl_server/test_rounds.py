@@ -213,7 +213,7 @@ def poison(blob: bytes, what: str) -> bytes:
     ("change", "reason"),
     [
         (lambda reply: replace(reply, blob=b"garbage"), "it is truncated"),
-        (lambda reply: replace(reply, blob=reply.blob[:-9]), "checksum does not match"),
+        (lambda reply: replace(reply, blob=reply.blob[:-9]), "checksum [0-9a-f]{8}, expected"),
         (lambda reply: replace(reply, blob=b""), "0 bytes"),
         (
             lambda reply: replace(reply, blob=poison(reply.blob, "nan")),

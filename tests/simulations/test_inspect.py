@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import pytest
+
 from tests.simulations.conftest import Run, read_history
-from tests.vblora.make_golden import make_blobs
+from tests.vblora.make_golden import GOLDEN_BLOBS, read_golden
+from vblora.frame import section_bytes
 
 
-def test_a_message_by_its_sections(fedvb: Run, tmp_path: Path):
-    for name, blob in make_blobs().items():
-        (tmp_path / name).write_bytes(blob)
-        shown = fedvb("inspect", tmp_path / name)
-        assert (shown.code, shown.err) == (0, "")
-        assert f"{len(blob):,}" in shown.out
-        assert "bank" in shown.out
-    assert "update of a client from version 2, 77 texts, against version 2" in shown.out
+@pytest.mark.parametrize("name", GOLDEN_BLOBS)
+def test_a_message_by_its_sections(name: str, fedvb: Run, tmp_path: Path):
+    """Each with its bytes and the numbers it stands for; in all as many as the file has."""
+    blob, _ = read_golden(name)
+    (tmp_path / name).write_bytes(blob)
+    shown = fedvb("inspect", tmp_path / name)
+    assert (shown.code, shown.err) == (0, "")
+    rows = {line.split("│")[1].strip(): line.split("│") for line in shown.out.splitlines() if "│" in line}
+    for section, size in section_bytes(blob).items():
+        assert int(rows[section][5].replace(",", "")) == size
+    assert int(rows["in all"][5].replace(",", "")) == len(blob)
+    for section, shape in GOLDEN_BLOBS[name][0].dense_shapes.items():
+        assert int(rows[section][4].replace(",", "")) == math.prod(shape)
+    if name == "update-default":
+        assert "update of a client from version 2, 77 texts, against version 2" in shown.out
 
 
 def test_the_last_message_of_a_run(fedvb: Run, finished: Path):

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from simulations.bench.wire import SHAPES, measure, measure_selections, shape_blueprint
+from simulations.bench.sets import measure_churn, measure_sets
+from simulations.bench.wire import SHAPES, TARGETS, measure, run, shape_blueprint
 from simulations.replay import PHASES, recorded, replayed_update
 from vblora.rounding import WIRES
 from vblora.spec import Blueprint, Linear, LoRASpec, VBLoRASpec
 from vblora.state import check_update
 
 KB = 1000
-LIMITS = {  # kB of first uplink, steady uplink, downlink
-    "Llama-2-13B": (550, 300, 600),
-    "Llama-2-7B": (360, 240, 420),
-    "Llama-3.2-3B": (90, 37, 100),
-    "RoBERTa-large q,v": (13, 10, 16),
-}
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -37,23 +34,34 @@ def test_a_replay_changes_as_many_rows_as_the_run_did():
     assert kept == pytest.approx((rows.base == rows.chosen).all(axis=1).mean(), abs=0.01)
 
 
-@pytest.mark.parametrize("name", ["Llama-3.2-3B", "RoBERTa-large q,v"])
+@pytest.mark.parametrize("name", TARGETS)
 def test_messages_of_the_default_wire_are_as_small_as_promised(name):
     found = measure(name, WIRES["default"])
     sizes = [found[phase]["bytes"] / KB for phase in PHASES]
-    assert all(size <= limit for size, limit in zip(sizes, LIMITS[name], strict=True)), sizes
+    assert all(size <= limit for size, limit in zip(sizes, TARGETS[name], strict=True)), sizes
+    for phase in ("first", "steady"):
+        assert found[phase]["bytes"] <= 1.1 * sum(found[phase]["entropies"].values())
+
+
+def test_sets_are_within_three_percent_of_their_limit():
+    for name in ("Llama-2-13B", "Llama-3.2-3B"):
+        for case, sizes in measure_sets(shape_blueprint(name)).items():
+            assert sizes["ours"] <= 1.03 * sizes["limit"], (name, case)
+            assert sizes["ours"] < min(sizes["packed"], sizes["zlib"], sizes["zstd"] or sizes["zlib"])
+
+
+def test_the_churn_adds_up():
+    for row in measure_churn():
+        assert sum(row[name] for name in ("same", "turned", "one new", "two new")) == pytest.approx(1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Llama-2-13B", "Llama-2-7B"])
-def test_large_messages_of_the_default_wire_are_as_small_as_promised(name):
-    test_messages_of_the_default_wire_are_as_small_as_promised(name)
-
-
-def test_sets_are_within_three_percent_of_their_limit_in_the_worst_case():
-    """Sets drawn evenly: the limit, and a bit for which of the two is the larger."""
-    found = measure_selections("Llama-3.2-3B")
-    assert found["even"]["ours"] <= 1.03 * (found["limit"] + shape_blueprint("Llama-3.2-3B").rows / 8)
+def test_the_whole_bench(tmp_path, capsys):
+    run(tmp_path / "wire.json")
+    assert json.loads((tmp_path / "wire.json").read_text()).keys() == {"wires", "sets", "churn"}
+    shown = capsys.readouterr().out
+    for expected in ("--wire smallest", "Llama-2-13B", "(≤ 550)", "with order", "98.4%"):
+        assert expected in shown
 
 
 @pytest.mark.parametrize(

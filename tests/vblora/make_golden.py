@@ -2,9 +2,9 @@
 
 Run it only when a number or the format is changed on purpose: sites with the old cannot talk to the new.
 
-seeded.json   the first draws of every stream, and digests of many more
-state.hex     a blob of a reference state
-update.hex    a blob of an update against it
+seeded.json     the first draws of every stream, and digests of many more
+NAME.hex        a blob of each kind
+contents.json   digests of what the blobs hold
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from __future__ import annotations
 import hashlib
 import json
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vblora import seeded
-from vblora.rounding import from_grid
-from vblora.selection import GAP_STEP
-from vblora.spec import Blueprint, HeadTensor, Linear, VBLoRASpec
+from vblora.gaps import GAPS
+from vblora.rounding import WIRES, WireSettings, from_grid, round_update
+from vblora.spec import Blueprint, HeadTensor, Linear, LoRASpec, VBLoRASpec
 from vblora.state import State, TopK, Update
-from vblora.wire import encode_state, encode_update, initial
+from vblora.wire import decode_state, decode_update, encode_state, encode_update, initial
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -83,53 +84,118 @@ def make_update() -> Update:
     return Update(5, state.digest, 321, {name: -array / 2 for name, array in state.dense.items()}, topk)
 
 
-def make_compact() -> tuple[State, State, Update]:
-    """A state on the grid, the next one, and an update from that on whole steps."""
-    start = initial(BLUEPRINT)
-    rows = np.arange(BLUEPRINT.rows)
-    assert start.topk is not None
-    found = []
-    for turn in (1, 2):
-        steps = {
-            name: (np.arange(array.size) * 37 % (40 * turn) - 9).reshape(array.shape) * 2048
-            for name, array in start.dense.items()
-        }
-        dense = {name: from_grid(array, steps[name]) for name, array in start.dense.items()}
-        moved = (rows % 3 < turn)[:, None]
-        positions = np.where(
-            moved, np.stack([(rows + turn) % 6, (rows + turn + 2) % 6], 1), start.topk.positions
-        )
-        gaps = np.where(moved, (rows % 50)[:, None] * GAP_STEP, start.topk.gaps)
-        found.append(State(turn, dense, TopK(positions.astype(np.int32), gaps.astype(np.float32))))
-    step = 2.0**-9
-    whole = {name: np.rint(array * 700).astype(np.float32) for name, array in make_state().dense.items()}
-    update = Update(
-        2,
-        found[1].digest,
-        77,
-        {name: array * np.float32(step) for name, array in whole.items()},
-        found[0].topk,
-        dict.fromkeys(whole, step),
-    )
-    return found[0], found[1], update
-
-
-def make_blobs() -> dict[str, bytes]:
-    """One blob of each kind."""
-    first, second, update = make_compact()
-    return {
-        "state": encode_state(make_state(), BLUEPRINT),
-        "update": encode_update(make_update(), BLUEPRINT),
-        "state-change": encode_state(second, BLUEPRINT, first),
-        "update-rounded": encode_update(update, BLUEPRINT, second),
+def make_reference(blueprint: Blueprint, turn: int) -> State:
+    """A state on the grid, as after `turn` rounds; it comes from no generator."""
+    start = initial(blueprint)
+    dense = {
+        name: from_grid(array, (np.arange(array.size) * 37 % (40 * turn) - 9).reshape(array.shape) * 2048)
+        for name, array in start.dense.items()
     }
+    return State(turn, dense, _chosen(start.topk, blueprint, turn))
+
+
+def make_rounded(blueprint: Blueprint, wire: WireSettings) -> Update:
+    """An update from the second of these states, rounded as a wire has it. Large numbers are among it."""
+    reference = make_reference(blueprint, 2)
+    dense = {}
+    for name, array in reference.dense.items():
+        numbers = np.arange(array.size, dtype=np.float32)
+        change = (numbers * 29 % 31 - 15) / 1024 * (1 + numbers // array.shape[-1])
+        change[array.size // 2] = 3.5
+        dense[name] = change.reshape(array.shape)
+    topk = _chosen(reference.topk, blueprint, 3)
+    update = Update(2, reference.digest, 77, dense, topk)
+    return round_update(update, reference, wire, {}, np.random.default_rng(0))[0]
+
+
+def _chosen(topk: TopK | None, blueprint: Blueprint, turn: int) -> TopK | None:
+    """Some rows kept, some weighed anew, some turned round, some chosen anew."""
+    if topk is None or blueprint.topk_shape is None:
+        return None
+    rows, k, h = blueprint.topk_shape
+    fates = (np.arange(rows) * turn % 5)[:, None]
+    anew = (np.arange(rows)[:, None] * turn + np.arange(k) * turn) % h
+    positions = np.where(fates == 1, topk.positions[:, ::-1], np.where(fates == 2, anew, topk.positions))
+    gaps = GAPS[4 * (np.arange(rows)[:, None] * turn % 30 + np.arange(k - 1))]
+    return TopK(positions.astype(np.int32), np.where(fates == 3, topk.gaps, gaps))
+
+
+HEADLESS = Blueprint(SPEC, BLUEPRINT.linears, (), "toy-4")
+THREE = Blueprint(VBLoRASpec(rank=2, num_vectors=11, vector_length=4, topk=3, seed=11), BLUEPRINT.linears)
+LORA = Blueprint(LoRASpec(rank=2, seed=11), BLUEPRINT.linears, HEAD, "toy-4", ("a", "b"))
+
+# Of each blob: its adapter, and what it builds on, a number of `make_reference`'s turns; None is whole.
+GOLDEN_BLOBS: dict[str, tuple[Blueprint, int | None]] = {
+    "state": (BLUEPRINT, None),
+    "state-change": (BLUEPRINT, 1),
+    "state-change-lora": (LORA, 1),
+    "update": (BLUEPRINT, None),
+    "update-lossless": (BLUEPRINT, 2),
+    "update-default": (BLUEPRINT, 2),
+    "update-smallest": (BLUEPRINT, 2),
+    "update-plain": (BLUEPRINT, 2),
+    "update-bfloat16": (BLUEPRINT, 2),
+    "update-headless": (HEADLESS, 2),
+    "update-three": (THREE, 2),
+    "update-lora": (LORA, 2),
+}
+GOLDEN_WIRES = {
+    "update-lossless": WIRES["lossless"],
+    "update-smallest": WIRES["smallest"],
+    "update-plain": replace(WIRES["default"], stochastic=True),
+    "update-bfloat16": replace(WIRES["default"], up_bits=16.0),
+}
+
+
+def make_blob(name: str) -> bytes:
+    """One of `GOLDEN_BLOBS`, as it is written now."""
+    blueprint, turn = GOLDEN_BLOBS[name]
+    if turn is None:
+        whole = {
+            "state": encode_state(make_state(), blueprint),
+            "update": encode_update(make_update(), blueprint),
+        }
+        return whole[name]
+    base = make_reference(blueprint, turn)
+    if name.startswith("state"):
+        return encode_state(make_reference(blueprint, 2), blueprint, base)
+    wire = GOLDEN_WIRES.get(name, WIRES["default"])
+    return encode_update(make_rounded(blueprint, wire), blueprint, base)
+
+
+def read_golden(name: str) -> tuple[bytes, State | Update]:
+    """A committed blob, and what is read from it."""
+    blob = bytes.fromhex((GOLDEN / f"{name}.hex").read_text())
+    return blob, read_as(name, blob)
+
+
+def read_as(name: str, blob: bytes) -> State | Update:
+    """What is read from a blob of this kind."""
+    blueprint, turn = GOLDEN_BLOBS[name]
+    base = None if turn is None else make_reference(blueprint, turn)
+    if name.startswith("state"):
+        return decode_state(blob, blueprint, {} if base is None else {base.digest: base})
+    return decode_update(blob, blueprint, base)
+
+
+def content_digest(found: State | Update) -> str:
+    """SHA-256 of all numbers of a state or an update, in a fixed order."""
+    arrays = [found.dense[name] for name in sorted(found.dense)]
+    if found.topk is not None:
+        arrays += [found.topk.positions, found.topk.gaps]
+    content = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
+    return hashlib.sha256(content).hexdigest()
 
 
 def main() -> None:
     GOLDEN.mkdir(exist_ok=True)
     (GOLDEN / "seeded.json").write_text(json.dumps(draws(), indent=1) + "\n")
-    for name, blob in make_blobs().items():
+    contents = {}
+    for name in GOLDEN_BLOBS:
+        blob = make_blob(name)
         (GOLDEN / f"{name}.hex").write_text("\n".join(textwrap.wrap(blob.hex(), 96)) + "\n")
+        contents[name] = content_digest(read_as(name, blob))
+    (GOLDEN / "contents.json").write_text(json.dumps(contents, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.vblora.make_golden import BLUEPRINT
 from tests.vblora.test_wire import trained
-from vblora.entropy import entropy_bits
 from vblora.errors import ConfigError
+from vblora.frame import section_bytes
 from vblora.rounding import (
     GRID,
     WIRES,
@@ -26,7 +26,7 @@ from vblora.rounding import (
 )
 from vblora.spec import Blueprint, Linear, VBLoRASpec
 from vblora.state import State, TopK, Update
-from vblora.wire import initial
+from vblora.wire import encode_update, initial
 
 BIG = Blueprint(VBLoRASpec(rank=4, num_vectors=64, vector_length=64), (Linear("a", 512, 512),))
 
@@ -39,13 +39,14 @@ def change(state: State, scale: float = 0.01) -> Update:
     return trained(state, BIG, 1, scale)
 
 
+@pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("bits", [1.0, 2.0, 3.0, 4.0, 8.0])
-def test_the_step_is_set_by_the_bits_it_costs(bits):
+def test_the_step_is_set_by_the_bits_it_costs(bits, stochastic):
     state = initial(BIG)
-    wire = WireSettings(up_bits=bits, feedback=True)
+    wire = WireSettings(up_bits=bits, stochastic=stochastic)
     rounded, _ = round_update(change(state), state, wire, {}, noise())
-    whole = np.rint(rounded.dense["bank"] / np.float32(rounded.steps["bank"])).astype(np.int64)
-    assert entropy_bits(whole) / whole.size == pytest.approx(bits, abs=0.1)
+    sent = 8 * section_bytes(encode_update(rounded, BIG, state))["bank"] / rounded.dense["bank"].size
+    assert sent == pytest.approx(bits, abs=0.35)
 
 
 @pytest.mark.parametrize("bits", [2.0, 4.0, 16.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import tracemalloc
 import zlib
@@ -17,10 +18,15 @@ from fl_server.aggregate import aggregate
 from tests.vblora.make_golden import (
     BLUEPRINT,
     GOLDEN,
-    make_blobs,
-    make_compact,
+    GOLDEN_BLOBS,
+    GOLDEN_WIRES,
+    content_digest,
+    make_reference,
+    make_rounded,
     make_state,
     make_update,
+    read_as,
+    read_golden,
 )
 from vblora.errors import UnknownStateError, WireError
 from vblora.frame import FORMAT, HEADER, Encoding, Kind, read_blob, section_bytes
@@ -119,9 +125,16 @@ def test_an_update_comes_back_to_the_bit(content, version, reference, examples):
 def test_numbers_of_an_update_are_not_judged_here():
     update = make_update()
     update.dense["bank"][0] = [np.nan, np.inf, -np.inf, -0.0]
-    update.topk.gaps[0] = -np.nan
-    update.topk.positions[0] = 7  # h is 6: three bits can say it
+    update.topk.gaps[:2] = [[-np.nan], [-0.0]]
     assert same(decode_update(encode_update(update, BLUEPRINT), BLUEPRINT), update)
+
+
+@pytest.mark.parametrize("place", [-1, 6, 0])
+def test_a_row_that_is_no_selection_cannot_be_written(place):
+    update = make_update()
+    update.topk.positions[3] = [0, place]
+    with pytest.raises(WireError, match="a row names a place twice, or one that is not 0 to 5"):
+        encode_update(update, BLUEPRINT)
 
 
 def test_arrays_may_lie_in_memory_as_they_like():
@@ -139,23 +152,33 @@ def test_version_0_has_no_sections():
 
 def test_sections_are_as_small_as_their_numbers():
     sizes = section_bytes(UPDATE)
-    rows, k, _ = BLUEPRINT.topk_shape
     assert sizes.pop("frame") + sum(sizes.values()) == len(UPDATE)
-    assert sizes == {
-        "positions": -(-rows * k * 3 // 8),
-        "gaps": 4 * rows * (k - 1),
-        "bank": 2 * 6 * 4,  # its numbers are bfloat16
-        "head": 2 * 10,
-    }
+    assert 0 < sizes.pop("selection") - 4 * BLUEPRINT.rows < 90  # float32 gaps, sets and their frequencies
+    assert sizes == {"bank": 2 * 6 * 4, "head": 2 * 10}  # numbers that are bfloat16
 
 
-@KINDS
-def test_golden_blobs(kind):
+@pytest.mark.parametrize("name", GOLDEN_BLOBS)
+def test_golden_blobs(name):
     """A change of the format parts new sites from old: raise FORMAT, then run `make_golden`."""
-    golden = bytes.fromhex((GOLDEN / f"{kind}.hex").read_text())
-    blob, decode = DECODERS[kind]
-    assert blob == golden
-    assert same(decode(golden, BLUEPRINT), make_state() if kind == "state" else make_update())
+    blob, found = read_golden(name)
+    assert read_blob(blob)[0].kind is (Kind.STATE if name.startswith("state") else Kind.UPDATE)
+    assert content_digest(found) == json.loads((GOLDEN / "contents.json").read_text())[name]
+    blueprint, turn = GOLDEN_BLOBS[name]
+    base = None if turn is None else make_reference(blueprint, turn)
+    encode = encode_state if isinstance(found, State) else encode_update
+    assert encode(found, blueprint, base) == blob, "the same numbers are other bytes now"
+    if name in ("state", "update"):
+        assert same(found, make_state() if name == "state" else make_update())
+    elif name.startswith("state"):
+        assert same(found, make_reference(blueprint, 2))
+    elif name == "update-lossless":
+        assert same(found, make_rounded(blueprint, GOLDEN_WIRES[name]))
+
+
+def test_every_encoding_has_a_golden_blob():
+    found = {section.encoding for name in GOLDEN_BLOBS for section in read_blob(read_golden(name)[0])[1]}
+    assert found == set(Encoding)
+    assert {path.stem for path in GOLDEN.glob("*.hex")} == set(GOLDEN_BLOBS)
 
 
 # --- Against a base ------------------------------------------------------------------
@@ -198,7 +221,7 @@ def test_a_state_comes_back_from_any_base(content, wire, data):
     assert same(decode_state(blob, blueprint, {base.digest: base}), held[at])
     if base.version:
         with pytest.raises(
-            UnknownStateError, match=f"builds on version {base.version} .*, held are version 0"
+            UnknownStateError, match=f"builds on version {base.version} .*, expected one that is held: 0"
         ):
             decode_state(blob, blueprint)
         other = held[0]
@@ -207,14 +230,15 @@ def test_a_state_comes_back_from_any_base(content, wire, data):
 
 
 bits = st.sampled_from([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+gap_bits = st.sampled_from([1.0, 4.0, 6.0, 32.0])
 
 
 @settings(deadline=None, max_examples=60)
-@given(contents(), bits, bits, st.booleans(), st.integers(1, 2))
-def test_a_rounded_update_comes_back_to_the_bit(content, up, head, stochastic, version):
+@given(contents(), bits, bits, gap_bits, st.booleans(), st.integers(1, 2))
+def test_a_rounded_update_comes_back_to_the_bit(content, up, head, gap, stochastic, version):
     blueprint = content[0]
     reference = states(blueprint, WIRES["default"])[version]
-    wire = WireSettings(up_bits=up, head_bits=head, feedback=True, stochastic=stochastic)
+    wire = WireSettings(up, head, gap, feedback=True, stochastic=stochastic)
     exact = trained(reference, blueprint, 9)
     noise = np.random.default_rng(1)
     rounded, left = round_update(exact, reference, wire, {}, noise)
@@ -277,40 +301,39 @@ def test_a_compact_blob_that_is_altered_and_sealed_again_raises_nothing_else(dat
         return
 
 
-def test_golden_compact_blobs():
-    first, second, update = make_compact()
-    for name, blob in make_blobs().items():
-        golden = bytes.fromhex((GOLDEN / f"{name}.hex").read_text())
-        assert blob == golden, name
-        if name == "state-change":
-            assert same(decode_state(golden, BLUEPRINT, {first.digest: first}), second)
-        elif name == "update-rounded":
-            assert same(decode_update(golden, BLUEPRINT, second), update)
-
-
 # --- Damage --------------------------------------------------------------------------
 
 
-@KINDS
-def test_a_part_of_a_blob_is_refused(kind):
-    blob, decode = DECODERS[kind]
+@pytest.mark.parametrize("name", GOLDEN_BLOBS)
+def test_a_part_of_a_blob_is_refused(name):
+    blob = read_golden(name)[0]
     for length in range(len(blob)):
-        with pytest.raises(WireError):
-            decode(blob[:length], BLUEPRINT)
-    with pytest.raises(WireError):
-        decode(blob + b"\0", BLUEPRINT)
-    with pytest.raises(WireError):
-        decode(blob + blob, BLUEPRINT)
+        with pytest.raises(WireError, match=r"^blob: .*(truncated|format)"):
+            read_as(name, blob[:length])
+    for more in (b"\0", blob):
+        with pytest.raises(
+            WireError, match=r"checksum [0-9a-f]{8}, expected [0-9a-f]{8}; it was truncated or altered"
+        ):
+            read_as(name, blob + more)
 
 
-@KINDS
-def test_a_flipped_bit_is_refused(kind):
-    blob, decode = DECODERS[kind]
+@pytest.mark.parametrize("name", GOLDEN_BLOBS)
+def test_a_flipped_bit_is_refused(name):
+    blob = read_golden(name)[0]
     for bit in range(8 * len(blob)):
         damaged = bytearray(blob)
         damaged[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(WireError):
-            decode(bytes(damaged), BLUEPRINT)
+        with pytest.raises(WireError, match=r"^blob: .*(checksum|format \d+, expected|expected b'FVBL')"):
+            read_as(name, bytes(damaged))
+
+
+@pytest.mark.parametrize("name", GOLDEN_BLOBS)
+@pytest.mark.parametrize("version", [0, FORMAT - 1, FORMAT + 1, 65535])
+def test_another_format_is_refused_by_its_number(name, version):
+    blob = read_golden(name)[0]
+    other = blob[:4] + version.to_bytes(2, "little") + blob[6:-4]
+    with pytest.raises(WireError, match=f"^blob: format {version}, expected {FORMAT}; run the same"):
+        read_as(name, sealed(other))
 
 
 @KINDS
@@ -387,7 +410,7 @@ def test_the_helpers_above_rebuild_the_golden_blob():
 
 
 ROWS = BLUEPRINT.rows
-FLOAT, PACKED = Encoding.FLOAT32, Encoding.PACKED
+FLOAT, GRID, CHOSEN = Encoding.FLOAT32, Encoding.GRID, Encoding.SELECTION
 REFUSED = {
     "nothing": (b"", "0 bytes, expected at least 80; it is truncated"),
     "magic": (sealed(header(magic=b"FVBM") + parts()), "starts with b'FVBM', expected b'FVBL'"),
@@ -395,7 +418,7 @@ REFUSED = {
         sealed(header(format=FORMAT + 1) + parts()),
         f"format {FORMAT + 1}, expected {FORMAT}; run the",
     ),
-    "checksum": (header() + parts() + b"abcd", "checksum does not match"),
+    "checksum": (header() + parts() + b"abcd", "checksum 64636261, expected [0-9a-f]{8}; it was"),
     "kind unknown": (sealed(header(kind=9) + parts()), r"kind 9, expected one of \[1, 2\]"),
     "kind other": (sealed(header(kind=Kind.STATE) + parts()), "holds a state, expected a update"),
     "fingerprint": (
@@ -404,14 +427,14 @@ REFUSED = {
     ),
     "no sections": (
         sealed(header(sections=0)),
-        r"sections are \[\], expected \['bank', 'gaps', 'head', 'pos",
+        r"sections are \[\], expected \['bank', 'head', 'selection'\], each once",
     ),
     "sections declared, none there": (sealed(header(sections=255)), "section 1 of 255 is not readable"),
-    "one more declared": (sealed(header(sections=5) + parts()), "section 5 of 5 is not readable"),
-    "one less declared": (sealed(header(sections=3) + parts()), "bytes after the last section"),
-    "one missing": (sealed(header(sections=3) + parts(head=b"")), "sections are"),
+    "one more declared": (sealed(header(sections=4) + parts()), "section 4 of 4 is not readable"),
+    "one less declared": (sealed(header(sections=2) + parts()), "bytes after the last section"),
+    "one missing": (sealed(header(sections=2) + parts(head=b"")), "sections are"),
     "one twice": (
-        sealed(header(sections=5) + parts() + section(b"head", FLOAT, (10,), bytes(40))),
+        sealed(header(sections=4) + parts() + section(b"head", FLOAT, (10,), bytes(40))),
         "expected .*, each once",
     ),
     "one instead of another": (
@@ -422,19 +445,19 @@ REFUSED = {
     "unnamed": (sealed(header() + parts(head=section(b"", FLOAT, (10,), bytes(40)))), "sections are"),
     "name not ascii": (
         sealed(header() + parts(head=section(b"h\xffad", FLOAT, (10,), bytes(40)))),
-        "section 4 of 4 is not readable",
+        "section 3 of 3 is not readable",
     ),
     "encoding unknown": (
         sealed(header() + parts(head=section(b"head", 77, (10,), bytes(40)))),
-        "section 4 of 4 is not readable",
+        "section 3 of 3 is not readable",
     ),
     "encoding other": (
-        sealed(header() + parts(head=section(b"head", PACKED, (10,), bytes(40)))),
-        "section head is PACKED, expected FLOAT32",
+        sealed(header() + parts(head=section(b"head", GRID, (10,), bytes(40)))),
+        "section head is GRID, expected FLOAT32",
     ),
-    "positions as floats": (
-        sealed(header() + parts(positions=section(b"positions", FLOAT, (ROWS, 2), bytes(8 * ROWS)))),
-        "section positions is FLOAT32, expected PACKED",
+    "selection as floats": (
+        sealed(header() + parts(selection=section(b"selection", FLOAT, (ROWS, 2), bytes(8 * ROWS)))),
+        "section selection is FLOAT32, expected SELECTION",
     ),
     "shape": (
         sealed(header() + parts(bank=section(b"bank", FLOAT, (4, 6), bytes(96)))),
@@ -453,8 +476,8 @@ REFUSED = {
         "section head has 39 bytes, expected 40",
     ),
     "payload long": (
-        sealed(header() + parts(positions=section(b"positions", PACKED, (ROWS, 2), bytes(99)))),
-        "section positions has 99 bytes, expected",
+        sealed(header() + parts(bank=section(b"bank", FLOAT, (6, 4), bytes(97)))),
+        "section bank has 97 bytes, expected 96",
     ),
     "length beyond the end": (
         sealed(header() + parts(head=section(b"head", FLOAT, (10,), bytes(40), 41))),
@@ -519,12 +542,10 @@ def _state(dense: dict | None = None, **topk: np.ndarray) -> State:
     ("state", "fault"),
     [
         (_state({"bank": np.full((6, 4), np.nan, np.float32)}), "bank holds 24 numbers that are not finite"),
-        (_state(positions=np.tile(np.array([6, 7], np.int32), (ROWS, 1))), "positions run from 6 to 7"),
-        (_state(positions=np.zeros((ROWS, 2), np.int32)), "a row names one position twice"),
         (_state(gaps=np.full((ROWS, 1), -1, np.float32)), "gaps are not rising"),
     ],
 )
 def test_a_state_that_no_client_could_load_is_refused(state, fault):
-    """Its digest fits, a server made it so; in a client's model it would be an index out of range."""
+    """Its digest fits, a server made it so. Places out of range or named twice cannot even be written."""
     with pytest.raises(WireError, match=f"^state: .*{fault}"):
         decode_state(encode_state(state, BLUEPRINT), BLUEPRINT)

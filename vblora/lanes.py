@@ -1,0 +1,198 @@
+"""Many whole numbers of one kind as bytes, coded by how large their neighbours are.
+
+A section is cut, in C order, into lanes (`vblora.trellis.lane_length`). Bank vectors move unevenly, so each
+lane has a class, that of its mean size, which travels first. The numbers follow block by block, within a
+block column by column, each by the frequencies of its context: its class and, along a trellis, whether its
+state is odd. Frequencies start from a shape that the class gives, and learn from every column that was read;
+so no table travels, and a small section is coded nearly as well as a large one.
+
+Axes: n lanes, L numbers of a lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import constriction
+import numpy as np
+from numpy.typing import NDArray
+
+from vblora.entropy import (
+    MAX_TOKENS,
+    Reader,
+    decode_integers,
+    decode_symbols,
+    encode_integers,
+    entropy_bits,
+    from_tokens,
+    plain_bits,
+    plain_width,
+    to_tokens,
+    varint,
+)
+from vblora.errors import WireError
+from vblora.trellis import NEXT, lane_length, walk
+
+__all__ = ["LaneModel", "decode_lanes", "encode_lanes", "lane_classes", "lane_entropy"]
+
+Ints = NDArray[np.int64]
+
+PLAIN, ALONG = 0, 1  # the trellis
+BLOCK_LANES = 512  # lanes coded side by side
+UNIT_CLASS = 9  # of a mean size of 1; classes are half octaves apart, class 0 is all zeros
+MOST_CLASS = UNIT_CLASS + 62
+SEEN = 128  # what one number that was read adds to a frequency
+START = 32 * SEEN  # what the frequencies of a context come to before any was read
+
+
+def lane_classes(lanes: NDArray[np.floating | np.signedinteger]) -> Ints:
+    """(n,) classes of (n, L) numbers: 0 where all are 0, else the mean size in half octaves."""
+    mean = np.abs(lanes).mean(axis=1, dtype=np.float64)
+    edges = 2.0 ** ((np.arange(2, MOST_CLASS + 1) - UNIT_CLASS - 0.5) / 2)
+    return np.where(mean > 0, 1 + np.searchsorted(edges, mean), 0)
+
+
+def encode_lanes(numbers: NDArray[np.signedinteger]) -> bytes:
+    """Write whole numbers of any shape, in C order; along the trellis where they follow it."""
+    how, lanes, odd = _cut(numbers)
+    classes = lane_classes(lanes)
+    out = [bytes([how]), encode_integers(classes)]
+    if classes.any():
+        tokens = to_tokens(lanes.reshape(-1)).reshape(lanes.shape)
+        model = LaneModel(classes, alphabet=int(tokens.max()) + 1)
+        encoder = constriction.stream.queue.RangeEncoder()
+        for rows, at in _columns(classes, numbers.size):
+            contexts, symbols = model.contexts(rows, odd[rows, at]), tokens[rows, at]
+            encoder.encode(symbols.astype(np.int32), model.family, model.probabilities(contexts))
+            model.learn(contexts, symbols)
+        words = encoder.get_compressed()
+        out += [varint(model.alphabet), varint(len(words)), words.astype("<u4").tobytes()]
+        out += [plain_bits(lanes[rows].reshape(-1)) for rows in _blocks(len(lanes))]
+    return b"".join(out)
+
+
+def lane_entropy(numbers: NDArray[np.signedinteger]) -> float:
+    """Bits that `encode_lanes` needs at least: as if all frequencies were known beforehand, for nothing."""
+    _, lanes, odd = _cut(numbers)
+    classes = lane_classes(lanes)
+    contexts = np.repeat(2 * classes, lanes.shape[1]) + odd.reshape(-1)
+    tokens = to_tokens(lanes.reshape(-1))
+    inside = (contexts > 1) & (np.arange(tokens.size) < numbers.size)
+    coded = sum(entropy_bits(tokens[inside & (contexts == one)]) for one in np.unique(contexts))
+    return coded + float(plain_width(tokens).sum()) + entropy_bits(classes)
+
+
+def decode_lanes(data: Reader, count: int) -> NDArray[np.int32]:
+    """Read `count` numbers. Nothing is allocated beyond them, a block, and the bytes at hand.
+
+    Raises:
+        WireError: the bytes are not that many numbers.
+    """
+    length = lane_length(count)
+    numbers = np.zeros((-(-count // length), length), np.int32)
+    how = data.take(1)[0]
+    classes = decode_integers(data, len(numbers))
+    if how not in (PLAIN, ALONG) or not ((classes >= 0) & (classes <= MOST_CLASS)).all():
+        raise WireError(f"lanes: way {how}, expected 0 or 1, or a class that is not 0 to {MOST_CLASS}")
+    if not classes.any():
+        return numbers.reshape(-1)[:count]
+    alphabet = data.varint()
+    if not 1 <= alphabet <= MAX_TOKENS:
+        raise WireError(f"lanes: {alphabet} tokens, expected 1 to {MAX_TOKENS}")
+    model, decoder = LaneModel(classes, alphabet), data.range_decoder()
+    parity = _parities(alphabet)
+    odd = np.zeros(numbers.shape, np.int8)
+    state = np.zeros(len(numbers), np.int8)
+    for rows, at in _columns(classes, count):
+        if how == ALONG:
+            odd[rows, at] = state[rows] & 1
+        contexts = model.contexts(rows, odd[rows, at])
+        numbers[rows, at] = symbols = decode_symbols(decoder, model.family, model.probabilities(contexts))
+        model.learn(contexts, symbols)
+        state[rows] = NEXT[state[rows], parity[symbols]]
+    for block in _blocks(len(numbers)):  # tokens so far
+        found = from_tokens(numbers[block].reshape(-1), data).reshape(-1, length)
+        numbers[block] = found if how == PLAIN else 2 * found - np.sign(found) * odd[block]
+    return numbers.reshape(-1)[:count]
+
+
+class LaneModel:
+    """Frequencies of tokens by context, learnt as they are read.
+
+    Args:
+        classes: (n,) of the lanes.
+        alphabet: tokens are below this.
+    """
+
+    family = constriction.stream.model.Categorical(perfect=False)
+
+    def __init__(self, classes: NDArray[np.signedinteger], alphabet: int) -> None:
+        self.alphabet = alphabet
+        used = np.flatnonzero(np.bincount(classes))
+        self._context = 2 * np.searchsorted(used, classes)
+        start = np.array([_start(int(number), alphabet) for number in used], np.int64)
+        self._frequencies = np.repeat(start, 2, axis=0)  # (contexts, alphabet)
+
+    def contexts(self, rows: Ints, odd: NDArray[np.int8]) -> Ints:
+        """Contexts of a column's numbers: of lanes `rows`, in an odd state or not."""
+        return np.asarray(self._context[rows] + odd)
+
+    def probabilities(self, contexts: Ints) -> NDArray[np.float32]:
+        """(len(contexts), alphabet), not normalised."""
+        return self._frequencies.astype(np.float32)[contexts]
+
+    def learn(self, contexts: Ints, symbols: NDArray[np.signedinteger]) -> None:
+        """Count a column."""
+        shape = self._frequencies.shape
+        seen = np.bincount(contexts * shape[1] + symbols, minlength=self._frequencies.size)
+        self._frequencies += SEEN * seen.reshape(shape)
+
+
+@lru_cache(maxsize=256)
+def _start(number: int, alphabet: int) -> tuple[int, ...]:
+    """Frequencies of a class before any number was read: as 1 / (1 + (size / (1.5 mean))^4), in integers."""
+    exponent = 2 * (number - UNIT_CLASS)  # mean^4 is 2^exponent
+    above, below = 81 << max(0, exponent), 16 << max(0, -exponent)
+    weights = []
+    for token in range(alphabet):
+        size, width = (token + 1) // 2, 1
+        if token >= 32:
+            code = token - 32
+            middle = code // 16 + 1  # plain bits
+            size, width = (code % 16 // 4 + 4) << (middle + 1), 1 << middle
+        weights.append((above * width << 32) // (above + below * size**4))
+    total = sum(weights)
+    return tuple(1 + START * weight // total for weight in weights)
+
+
+def _cut(numbers: NDArray[np.signedinteger]) -> tuple[int, Ints, NDArray[np.int8]]:
+    """How they are told, (n, L) lanes of what is told of each, and whether its state is odd."""
+    length = lane_length(numbers.size)
+    lanes = np.zeros((-(-numbers.size // length), length), np.int64)
+    lanes.reshape(-1)[: numbers.size] = numbers.reshape(-1)
+    found = walk(lanes)
+    return (PLAIN, lanes, np.zeros(lanes.shape, np.int8)) if found is None else (ALONG, *found)
+
+
+def _parities(alphabet: int) -> NDArray[np.int8]:
+    """Whether the number behind a token is odd."""
+    tokens = np.arange(alphabet)
+    return np.where(tokens < 32, (tokens + 1) // 2, tokens // 2 % 2).astype(np.int8) & np.int8(1)
+
+
+def _blocks(lanes: int) -> list[slice]:
+    return [slice(start, start + BLOCK_LANES) for start in range(0, lanes, BLOCK_LANES)]
+
+
+def _columns(classes: NDArray[np.signedinteger], count: int) -> Iterator[tuple[Ints, int]]:
+    """Block by block the columns, each with the lanes that have a number there to be read."""
+    length = lane_length(count)
+    short = count - (len(classes) - 1) * length  # numbers of the last lane
+    for block in _blocks(len(classes)):
+        rows = block.start + np.flatnonzero(classes[block])
+        for at in range(length):
+            if at == short and rows.size and rows[-1] == len(classes) - 1:
+                rows = rows[:-1]
+            if rows.size:
+                yield rows, at

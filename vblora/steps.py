@@ -1,0 +1,76 @@
+"""The step at which the rounded numbers of a section take as many bits as they may."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vblora.entropy import MAX_TOKENS, plain_width, to_tokens
+from vblora.lanes import MOST_CLASS, lane_classes
+from vblora.trellis import lane_length
+
+__all__ = ["Rounding", "find_step"]
+
+SAMPLE = 1 << 13  # numbers that a step is found by
+SEARCH = 8  # halvings of the octaves in which it is sought
+REACH = 20  # octaves from the first guess, at most
+LARGEST = 1 << 24  # multiples beyond which numbers count as one while it is sought
+
+GOLDEN = 0.618  # multiples of it lie evenly between 0 and 1
+
+Lanes = NDArray[np.float64]
+Rounding = Literal["nearest", "chance", "trellis"]
+
+
+def find_step(change: NDArray[np.floating], bits: float, rounding: Rounding = "nearest") -> float:
+    """The step whose multiples, coded as `vblora.lanes` does, take about `bits` bits a number.
+
+    Found on a sample: the cost falls as the step grows. 1 where nothing changes.
+
+    Args:
+        change: finite.
+        bits: above 0.
+        rounding: how numbers become multiples: the nearest, the next up or down, or along the trellis.
+    """
+    flat = change.reshape(-1)
+    length = min(flat.size, lane_length(flat.size))
+    lanes = flat[: flat.size // length * length].reshape(-1, length)
+    sample: Lanes = lanes[:: max(1, lanes.size // SAMPLE)].astype(np.float64)
+    spread = float(np.sqrt(np.mean(np.square(sample))))
+    if not 0 < spread < np.inf:
+        return float(np.abs(flat).max(initial=0.0)) or 1.0
+    guess = float(np.log2(spread)) + 2 - (rounding == "trellis") - bits  # as if they were normal
+    low, high = guess - 2, guess + 2
+    while low > guess - REACH and _cost(sample, 2.0**low, rounding) < bits:
+        low, high = low - 4, low
+    while high < guess + REACH and _cost(sample, 2.0**high, rounding) > bits:
+        low, high = high, high + 4
+    for _ in range(SEARCH):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _cost(sample, 2.0**middle, rounding) > bits else (low, middle)
+    return float(2.0**high)
+
+
+def _cost(lanes: Lanes, step: float, rounding: Rounding) -> float:
+    """Bits a number, with frequencies as they are in each context."""
+    whole = np.clip(lanes / step, -LARGEST, LARGEST)
+    odd = np.zeros(lanes.shape[1], np.int64)
+    if rounding == "chance":
+        whole += np.arange(lanes.size).reshape(lanes.shape) * GOLDEN % 1 - 0.5
+    elif rounding == "trellis":  # every second number stands in for those of odd states
+        odd[::2] = 1
+        size = np.abs(whole)
+        whole = np.where(odd, np.sign(whole) * np.where(size < 0.5, 0, (size + 1) / 2), whole / 2)
+    numbers = np.rint(whole).astype(np.int64)
+    tokens = to_tokens(numbers.reshape(-1))
+    contexts = (2 * lane_classes(numbers)[:, None] + odd).reshape(-1)
+    counts = np.bincount(contexts * MAX_TOKENS + tokens, minlength=2 * (MOST_CLASS + 1) * MAX_TOKENS)
+    coded = _sum_of_logs(counts.reshape(-1, MAX_TOKENS).sum(axis=1)) - _sum_of_logs(counts)
+    return float(coded + plain_width(tokens).sum()) / tokens.size
+
+
+def _sum_of_logs(counts: NDArray[np.int64]) -> float:
+    counts = counts[counts > 0]
+    return float((counts * np.log2(counts)).sum())
