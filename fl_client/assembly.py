@@ -82,6 +82,7 @@ def assemble(settings: SiteSettings, texts: Texts, base: Base) -> Site:
         parts=texts.parts,
         test=texts.test,
         own=texts.own,
+        tokenizer=base.tokenizer,
         pad=base.pad,
         sizer=CohortSizer(model.device, settings.cohort),
         scorer=CohortSizer(model.device, settings.cohort or (AT_ONCE if model.device.type == "cuda" else 0)),

@@ -27,8 +27,8 @@ class Question:
         blob: the reference state, for train and evaluate.
         config: `round` and `lr-scale` to train, `frozen` where tensors are to be left alone (their names, by
             comma), `seconds` where it has to stop after so many and send what it has; to evaluate `shard` and
-            `shards` for a part of the common held-out texts, `own` for those of its own; `run`, its name, for
-            both.
+            `shards` for a part of the common held-out texts, `own` for those of its own, `generate` for
+            answers to so many held-out prompts; `run`, its name, for both.
     """
 
     client: int

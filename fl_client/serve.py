@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from fl_client.memory import Memory
 from fl_client.personal import keep_back, with_part
-from fl_client.questions import NEED_STATE, Answer, Question
+from fl_client.questions import NEED_STATE, Answer, Question, Scalar
 from fl_client.site import OnStep, Site
-from vblora.errors import UnknownStateError, WireError
+from vblora.errors import ConfigError, UnknownStateError, WireError
 from vblora.frame import read_blob
 from vblora.rounding import round_update
 from vblora.state import State, Update
@@ -91,21 +91,45 @@ def _evaluate(site: Site, questions: Sequence[Question]) -> Iterator[Answer]:
         for client, config in asked.items()
         if "shards" in config
     }
-    own_states = {
+    own = _own_sums(site, states, asked, sums)
+    for client, config in asked.items():
+        told, why = {**sums.get(client, {}), **own.get(client, {})}, ""
+        if count := int(config.get("generate", 0)):
+            try:
+                told |= site.generate(states[client], count, int(config["shard"]), int(config["shards"]))
+            except ConfigError as error:  # no library for the texts: the other scores count all the same
+                why = str(error)
+        yield Answer(client, metrics=told, text=why)
+
+
+def _own_sums(
+    site: Site,
+    states: Mapping[int, State],
+    asked: Mapping[int, Mapping[str, Scalar]],
+    sums: Mapping[int, Mapping[str, float]],
+) -> dict[int, dict[str, float]]:
+    """Sums over their own texts, of the clients that are asked for them."""
+    own = {
         client: _own_state(site, site.memory, client, states[client])
         for client, config in asked.items()
         if config.get("own")
     }
-    # A site of its own has scored all its texts already, unless with another state.
-    own = {
-        client: sums[client]
-        for client, state in own_states.items()
-        if client in sums and state is states[client] and int(asked[client]["shards"]) == len(site.parts) == 1
+    found: dict[int, Mapping[str, float]] = {}
+    for (
+        client,
+        state,
+    ) in own.items():  # a site of its own has scored all its texts already, if with this state
+        if (
+            client in sums
+            and state is states[client]
+            and int(asked[client]["shards"]) == len(site.parts) == 1
+        ):
+            found[client] = sums[client]
+    found.update(site.evaluate_own({client: own[client] for client in own if client not in found}))
+    return {
+        client: {name.replace("eval-", "own-"): value for name, value in its.items()}
+        for client, its in found.items()
     }
-    own.update(site.evaluate_own({name: state for name, state in own_states.items() if name not in own}))
-    for client in asked:
-        told = {name.replace("eval-", "own-"): value for name, value in own.get(client, {}).items()}
-        yield Answer(client, metrics={**sums.get(client, {}), **told})
 
 
 def _own_state(site: Site, memory: Memory, client: int, reference: State) -> State:

@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fl_client.batches import Examples, Shape, padding, plan_lengths, shard
 from fl_client.cohort import CohortSizer
+from fl_client.generating import asked_prompts, generate, references, rows_with_prompts
 from fl_client.hazards import Fate
 from fl_client.memory import Memory
 from fl_client.scoring import evaluate, evaluate_cohort
 from fl_client.settings import SiteSettings
 from fl_client.tasks import Task
+from fl_client.text_scores import require_libraries, text_sums
 from fl_client.train import Job, OnStep, Trained, train_cohort
 from vblora.model import AdaptedModel
 from vblora.spec import Blueprint
@@ -39,6 +42,7 @@ class Site:
         parts: rows of `train` by client.
         test: held-out texts.
         own: rows of `test` by client, for its own score.
+        tokenizer: turns generated tokens to text.
         pad: token id of padding.
         sizer: splits clients into cohorts.
         scorer: the same, for their own scores.
@@ -54,6 +58,7 @@ class Site:
     parts: tuple[NDArray[np.int64], ...]
     test: Examples
     own: tuple[NDArray[np.int64], ...]
+    tokenizer: Any
     pad: int
     sizer: CohortSizer
     scorer: CohortSizer
@@ -80,6 +85,7 @@ class Site:
                 "versions": self.versions,
                 "train_examples": len(self.train),
                 "test_examples": len(self.test),
+                "prompts": 0 if self.blueprint.labels else rows_with_prompts(self.test),
             }
         )
 
@@ -160,6 +166,20 @@ class Site:
         ordered = _by_work(shapes)
         results = self.scorer.run(ordered, score, lambda group: padding([shapes[client] for client in group]))
         yield from zip(ordered, results, strict=True)
+
+    def generate(self, state: State, count: int, index: int, shards: int) -> dict[str, float]:
+        """Sums of the scores of greedy answers to one of `shards` parts of `count` held-out prompts.
+
+        Raises:
+            ConfigError: a library of the scores is missing.
+        """
+        require_libraries()
+        asked = asked_prompts(self.test, count, self.settings.data.seed)
+        mine = [asked[at] for at in shard(len(asked), index, shards)]
+        most = int((self.test.lengths - self.test.targets).max(initial=1))  # as the longest reference
+        prompts = [item.prompt for item in mine]
+        texts = generate(self.model, state, self.tokenizer, prompts, most, self.pad)
+        return text_sums(texts, [references(self.tokenizer, self.test, item) for item in mine])
 
     def _job(self, client: int, steps: int, round_number: int, start: State | None) -> Job:
         examples = self.train.take(self.parts[client])

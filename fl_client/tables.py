@@ -195,9 +195,10 @@ def _read_chats(frames: Sequence[Frame], roles: Roles) -> Table:
             rows += [(before, answer, group) for before, answer in answers(chat)]
     if not rows:
         raise DataError(f"{frames[0].where}: column {roles.chat!r} holds no answer of an assistant")
-    chats, completion, group = (list(column) for column in zip(*rows, strict=True))
+    chats, completions = [chat for chat, _, _ in rows], [answer for _, answer, _ in rows]
     text = ["\n\n".join(content for _, content in chat) for chat in chats]
-    return Table(text, None, completion, group if roles.group else None, chats)
+    of_group = [group for _, _, group in rows] if roles.group else None
+    return Table(text, None, completions, of_group, chats)
 
 
 def _require_columns(frame: Frame, roles: Roles) -> None:

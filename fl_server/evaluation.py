@@ -57,17 +57,20 @@ class ShardSums:
         return (self.correct if metric == "accuracy" else self.loss_sum) / self.examples
 
 
-def evaluation_requests(clients: Sequence[str], number: int, run: str, own: bool) -> list[Request]:
-    """Ask each of the first clients to evaluate its contiguous shard; with `own`, every client its own texts.
+def evaluation_requests(
+    clients: Sequence[str], number: int, run: str, *, own: bool = False, generate: int = 0
+) -> list[Request]:
+    """Ask each of the first clients to evaluate its contiguous shard; the state is yet to be put in.
 
-    The state is yet to be put in.
+    With `own`, every client is asked for its own texts; with `generate`, those with a shard for their share
+    of the answers to so many prompts.
     """
     shards = min(len(clients), EVALUATORS)
     requests = []
     for at, name in enumerate(clients if own else clients[:shards]):
         config: dict[str, Scalar] = {"round": number, "run": run}
         if at < shards:
-            config |= {"shard": at, "shards": shards}
+            config |= {"shard": at, "shards": shards} | ({"generate": generate} if generate else {})
         requests.append(Request(name, "evaluate", b"", config | ({"own": True} if own else {})))
     return requests
 

@@ -53,6 +53,7 @@ class Task:
         higher_is_better: about the metric.
         data: about the data set, for the summary.
         model: of the base model, for the summary.
+        prompts: held-out texts that have something to go on from.
     """
 
     blueprint: Blueprint
@@ -60,6 +61,7 @@ class Task:
     higher_is_better: bool
     data: Any
     model: Any
+    prompts: int = 0
 
 
 def meet(exchange: Exchange, timeout: float) -> Roster:
@@ -117,6 +119,7 @@ def describe(exchange: Exchange, roster: Roster, timeout: float) -> Task:
             _get(metric, "higher_is_better", bool),
             body.get("data"),
             body.get("model"),
+            _get(body, "prompts", int),
         )
         if task.metric not in METRICS:
             raise RunError(f"its metric is {task.metric!r}, expected one of {', '.join(METRICS)}")

@@ -46,6 +46,7 @@ class Record(TypedDict):
     own: dict[str, float]  # each client's score on its own held-out texts, where that was asked for
     own_mean: float | None  # over clients, each counting the same
     own_std: float | None
+    texts: dict[str, float]  # scores of generated texts, where those were asked for
     clients: int  # asked to train
     replies: int  # usable ones
     rejected: list[RejectedReply]  # in training and evaluation
@@ -72,6 +73,7 @@ def blank_record(number: int) -> Record:
         "own": {},
         "own_mean": None,
         "own_std": None,
+        "texts": {},
         "clients": 0,
         "replies": 0,
         "rejected": [],
@@ -209,6 +211,7 @@ def _score(task: Task, records: list[Record]) -> dict[str, Any]:
         "final": scores[-1] if scores else None,
         "best": best(scores, default=None),
         "last3": sum(last) / len(last) if last else None,
+        **({"texts": records[-1]["texts"]} if records and records[-1]["texts"] else {}),
     }
 
 

@@ -14,18 +14,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fl_server.asking import MAX_REASON, Inbox, Run, ask, ordered, rejected
+from fl_server.asking import Run
 from fl_server.attendance import Attendance
 from fl_server.broadcast import Broadcast
 from fl_server.checkpoint import load_newest, require_same, restore, save_checkpoint
-from fl_server.evaluation import ShardSums, add_shards, evaluation_requests, mean_and_spread
-from fl_server.exchange import Exchange, client_order
-from fl_server.handshake import Fault, Task, describe, meet, name_faults
-from fl_server.history import History, Record, blank_record, summarise
+from fl_server.exchange import Exchange
+from fl_server.handshake import Task, describe, meet, name_faults
+from fl_server.history import History, blank_record, summarise
 from fl_server.observer import LogObserver, Observer
+from fl_server.scoring import evaluate
 from fl_server.settings import ServerSettings
+from fl_server.text_scores import require_library
 from fl_server.training import train_round
-from vblora.errors import RunError, UpdateError
+from vblora.errors import RunError
 from vblora.files import save_state, write_atomic
 from vblora.state import State
 from vblora.wire import initial
@@ -58,11 +59,7 @@ def run_rounds(
             f"{name_faults(roster.refused)}"
         )
     task = describe(exchange, roster, settings.wait_seconds)
-    if settings.freeze_bank and task.blueprint.topk_shape is None:
-        raise RunError(
-            f"freeze-bank is {settings.freeze_bank}, but a {task.blueprint.spec.kind} adapter would have "
-            "nothing left to train; leave it out"
-        )
+    _check_task(task, settings)
 
     # Step 2: the state to go on from. Round 0 trains nothing: it evaluates the state that the seed gives.
     if settings.resume:
@@ -87,7 +84,7 @@ def run_rounds(
 
             # Step 4: how good is it?
             if number % settings.eval_every == 0 or number == settings.rounds:
-                _evaluate(run, reference, record)
+                evaluate(run, reference, record)
 
             # Step 5: the record, then the checkpoint. A record without a checkpoint is dropped on resume.
             record["digest"] = reference.state.digest.hex()
@@ -104,6 +101,22 @@ def run_rounds(
     save_state(out / "adapter" / "adapter.safetensors", reference.state, task.blueprint)
     write_atomic(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _check_task(task: Task, settings: ServerSettings) -> None:
+    """See before the first round that what is asked for can be had."""
+    if settings.freeze_bank and task.blueprint.topk_shape is None:
+        raise RunError(
+            f"freeze-bank is {settings.freeze_bank}, but a {task.blueprint.spec.kind} adapter would have "
+            "nothing left to train; leave it out"
+        )
+    if settings.eval_generate:
+        require_library()
+        if not task.prompts:
+            raise RunError(
+                "eval-generate: the held-out texts have no prompts to answer; it needs causal-lm on prompts "
+                "with completions"
+            )
 
 
 def _resume(task: Task, settings: ServerSettings, history: History) -> State:
@@ -124,55 +137,3 @@ def _resume(task: Task, settings: ServerSettings, history: History) -> State:
     if state.version < settings.rounds:  # finished once, with fewer rounds
         (out / "summary.json").unlink(missing_ok=True)
     return state
-
-
-def _evaluate(run: Run, reference: Broadcast, record: Record) -> None:
-    """Score the reference on the common test set, and clients on their own texts; fill in the record.
-
-    A shard that fails is left out and named; the score then covers `eval_examples`.
-    """
-    requests = evaluation_requests(_there(run), record["round"], run.name, run.settings.scores_own)
-    sharers = {request.client for request in requests if "shards" in request.config}
-    inbox = Inbox(request.client for request in requests)
-    shards: dict[str, ShardSums] = {}
-    own: dict[str, ShardSums] = {}
-    faults: list[Fault] = []
-    for reply in inbox.first_of(ask(run, reference, requests, inbox)):
-        record["bytes"]["evaluate"] += len(reply.blob)
-        fault = ""
-        try:
-            if reply.client in sharers:
-                shards[reply.client] = ShardSums.read(reply)
-            if run.settings.scores_own:
-                own[reply.client] = ShardSums.read(reply, "own")
-        except UpdateError as error:
-            fault = str(error)[:MAX_REASON]
-            faults.append(Fault(reply.client, fault))
-        run.observer.reply_received(record["round"], "evaluate", reply.client, fault)
-
-    record["bytes"]["evaluate"] += inbox.sent
-    faults += [Fault(name, "evaluation: no reply in time") for name in inbox.waiting]
-    record["rejected"] += rejected(faults)
-    sums = add_shards(shards)
-    if sums.examples:
-        record["eval_examples"] = sums.examples
-        record["eval_loss"] = sums.score("loss")
-        record["score"] = sums.score(run.task.metric)
-    elif record["round"] == 0:  # nothing is lost yet: better to tell now than after a night of training
-        why = name_faults(ordered(faults)) or "the test set is empty"
-        raise RunError(f"evaluation: no client could evaluate the initial state: {why}")
-    record["own"] = {
-        name: own[name].score(run.task.metric) for name in sorted(own, key=client_order) if own[name].examples
-    }
-    if run.settings.scores_own and not record["own"] and record["round"] == 0:
-        raise RunError(
-            "own-scores: no client has held-out texts of its own; the held-out part must have the column "
-            "that the training texts are dealt by"
-        )
-    record["own_mean"], record["own_std"] = mean_and_spread(list(record["own"].values()))
-
-
-def _there(run: Run) -> list[str]:
-    """The clients that can be asked now; all of them where none can, so that their absence is told."""
-    present = set(run.exchange.present())
-    return [name for name in run.clients if name in present] or list(run.clients)

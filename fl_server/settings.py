@@ -25,6 +25,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "final_scale": (0, 1),
     "warmup_rounds": (0, 1_000_000),
     "eval_every": (1, 1_000_000),
+    "eval_generate": (0, 1_000_000),
     "freeze_bank": (0, 1_000_000),
     "late_clients": (0, 1_000_000),
     "wait_seconds": (0, 7 * 86400),
@@ -51,6 +52,7 @@ class ServerSettings:
         final_scale: the scale of the last round, where it is "cosine".
         warmup_rounds: over which the scale rises to 1.
         eval_every: rounds from one evaluation to the next; the start and the last round are always evaluated.
+        eval_generate: held-out prompts that are answered at the end of the run and scored; 0 is none.
         own_scores: score each client on held-out texts of its own, too; always done with a personal part.
         personal: what clients keep for themselves, see `fl_client.personal`.
         freeze_bank: the last round that trains the bank; after it every round trains what is left, and the
@@ -81,6 +83,7 @@ class ServerSettings:
     final_scale: float = 0.1
     warmup_rounds: int = 0
     eval_every: int = 1
+    eval_generate: int = 0
     own_scores: bool = False
     personal: str = "none"
     freeze_bank: int = 0

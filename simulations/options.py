@@ -51,6 +51,11 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "rounds": (10, "Rounds of training."),
         "eval-every": (1, "Rounds between evaluations."),
         "eval-examples": (0, "Held-out texts to score on at most; 0 is all."),
+        "eval-generate": (
+            0,
+            "Held-out prompts to answer at the end, for exact match, ROUGE-L and BLEU; "
+            "needs fed-vblora[text-scores].",
+        ),
         "own-scores": (
             False,
             "Score each client on held-out texts of its own, too; always done with --personal.",

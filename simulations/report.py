@@ -29,6 +29,7 @@ def summary_table(summary: dict[str, Any], run: Path, more: Mapping[str, str] | 
         f"{score['metric']} at the end": f"{score['final']:.4f}",
         f"best {score['metric']}": f"{score['best']:.4f}",
         f"{score['metric']}, mean of the last three": f"{score['last3']:.4f}",
+        **_more_scores(score),
         "sent up, a client a round": size(sent["up_per_client_round"]),
         "   of it the task head": size(sent["head"]),
         "sent down, a client a round": size(sent["down_per_client_round"]),
@@ -44,6 +45,20 @@ def summary_table(summary: dict[str, Any], run: Path, more: Mapping[str, str] | 
     for name, value in rows.items():
         table.add_row(name, Text(value))
     return table
+
+
+def _more_scores(score: dict[str, Any]) -> dict[str, str]:
+    """Of clients on their own texts, and of generated texts, where there are any."""
+    rows = {}
+    if "own_mean" in score:
+        rows[f"own {score['metric']}, mean ± over clients"] = (
+            f"{score['own_mean']:.4f} ± {score['own_std']:.4f}"
+        )
+    if texts := score.get("texts"):
+        rows["exact match, ROUGE-L, BLEU"] = (
+            f"{texts['exact_match']:.3f}, {texts['rouge_l']:.3f}, {texts['bleu']:.1f}"
+        )
+    return rows
 
 
 def _short(name: str) -> str:

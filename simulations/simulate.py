@@ -15,6 +15,7 @@ from flwr.app import Context, Message
 from fl_client.app import Answers, handle
 from fl_client.opening import open_site
 from fl_client.site import OnStep, Site
+from fl_client.text_scores import require_libraries
 from fl_server.app import app as server_app
 from fl_server.config_file import CHANGEABLE, ROUNDED, config_differences
 from fl_server.history import History
@@ -35,6 +36,8 @@ def prepare(config: Config) -> Site:
         FedVBError: anything that would keep the run from starting; nothing is written before.
     """
     settings, server = check_config(config)
+    if server.eval_generate:
+        require_libraries()
     _require_writable(Path(server.out))
     History(Path(server.out)).check(server.resume)
     return open_site(replace(settings, state=str(Path(server.out) / "clients")))

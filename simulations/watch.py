@@ -89,6 +89,8 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     traffic = record["bytes"]
     found: dict[str, float | None] = {
         "score": record["score"],
+        "own/mean": record["own_mean"],
+        "own/std": record["own_std"],
         "loss/train": record["train_loss"],
         "loss/eval": record["eval_loss"],
         "seconds": record["seconds"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fl_client.questions import Question
 from fl_client.resident import Resident
 from tests.simulations.conftest import tiny_bert, topics  # noqa: F401 (fixtures)
 from vblora.errors import ConfigError, DataError
+from vblora.frame import section_bytes
 from vblora.spec import Blueprint
 from vblora.state import initial_state
 from vblora.wire import decode_update, encode_state
@@ -60,6 +62,24 @@ def test_training_stops_when_its_seconds_are_over(resident: Resident):
     assert found.metrics["steps"] == 1
     assert 0 < found.metrics["train-loss"] < 5
     assert decode_update(found.blob, blueprint).examples == 4
+
+
+def test_a_personal_part_outlives_the_trainer(resident: Resident, tmp_path: Path):
+    run = {**RUN, "personal": "head,logits"}
+    described = json.loads(resident.answer(Question(0, "describe"), run).text)
+    blueprint = Blueprint.from_json(described["blueprint"])
+    start = initial_state(blueprint)
+    for number in (1, 2):
+        state = replace(start, version=number - 1)
+        config = {"round": number, "lr-scale": 1.0, "run": "one"}
+        found = resident.answer(Question(0, "train", encode_state(state, blueprint), config), run)
+        assert set(section_bytes(found.blob)) == {"bank", "frame"}
+    asked = Question(0, "train", encode_state(replace(start, version=1), blueprint), config)
+    assert Resident(resident.own, tmp_path).answer(asked, run).blob == found.blob
+    assert Resident(resident.own, tmp_path / "bare").answer(asked, run).blob != found.blob
+    told = resident.answer(Question(0, "evaluate", asked.blob, {"round": 1, "run": "one", "own": True}), run)
+    assert set(told.metrics) == {"own-examples", "own-loss-sum", "own-correct"}
+    assert told.metrics["own-examples"] == described["test_examples"]
 
 
 def test_sites_agree_on_labels_by_name(tiny_bert: Path, tmp_path: Path):  # noqa: F811

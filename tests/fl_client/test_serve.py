@@ -12,6 +12,7 @@ import pytest
 
 from fl_client import serve
 from fl_client.memory import Memory
+from fl_client.questions import of_lone_site
 from fl_client.serve import NEED_STATE, Answer, Question, answer
 from fl_client.site import Site
 from fl_client.tasks import SUMS
@@ -110,6 +111,15 @@ def test_shards_of_the_held_out_texts_add_up(site: Site, state: State):
 
     assert sums(1)["eval-examples"] == 20
     assert sums(3) == pytest.approx(sums(1))
+
+
+def test_a_site_alone_takes_questions_as_its_own():
+    asked = Question(7, "evaluate", b"", {"round": 3, "shard": 2, "shards": 9, "own": True})
+    assert of_lone_site(asked) == Question(
+        0, "evaluate", b"", {"round": 3, "shard": 0, "shards": 1, "own": True}
+    )
+    own = Question(7, "evaluate", b"", {"round": 3, "own": True})
+    assert of_lone_site(own) == replace(own, client=0)
 
 
 def test_hello_and_description(site: Site):

@@ -90,6 +90,7 @@ class FakeClient:
         return {
             "blueprint": self.blueprint.to_json(),
             "metric": {"name": "accuracy", "higher_is_better": True},
+            "prompts": 5,
             "data": {"name": "nothing"},
             "model": "fake",
         }

@@ -25,7 +25,7 @@ COMMAND = [sys.executable, "-m", "simulations.cli", "simulate"]
 def typed(config: dict[str, Any]) -> list[str]:
     names = (
         *("model", "data", "clients", "clients-per-round", "rounds", "local-steps", "batch-size", "out"),
-        "adapter",
+        *("adapter", "personal"),
     )
     return [part for name in names for part in (f"--{name}", str(config[name]))]
 
@@ -63,9 +63,11 @@ def finish(arguments: list[str]) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("adapter", ["vblora", "lora"])
-def test_killed_twice_and_resumed(adapter: str, tiny_bert: Path, topics: Path, tmp_path: Path):
-    whole = small_config(tiny_bert, topics, tmp_path / "whole", adapter=adapter, **LONG)
+@pytest.mark.parametrize(
+    ("adapter", "personal"), [("vblora", "none"), ("lora", "none"), ("vblora", "head,logits")]
+)
+def test_killed_twice_and_resumed(adapter: str, personal: str, tiny_bert: Path, topics: Path, tmp_path: Path):
+    whole = small_config(tiny_bert, topics, tmp_path / "whole", adapter=adapter, personal=personal, **LONG)
     simulate(whole)
 
     out = tmp_path / "killed"
@@ -81,6 +83,12 @@ def test_killed_twice_and_resumed(adapter: str, tiny_bert: Path, topics: Path, t
     assert "resumed after round 3" in finish(arguments)
 
     assert read_history(out) == read_history(tmp_path / "whole")
+    kept = [
+        sorted(path.read_bytes() for path in run.glob("clients/*/personal/*/*"))
+        for run in (out, tmp_path / "whole")
+    ]
+    assert kept[0] == kept[1]
+    assert bool(kept[0]) == (personal != "none")
     first, other = read_summary(out), read_summary(tmp_path / "whole")
     assert first | {"seconds": 0} == other | {"seconds": 0}
 

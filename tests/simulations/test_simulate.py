@@ -175,6 +175,31 @@ def test_causal_lm(fedvb: Run, assets: Path, tmp_path: Path):
     assert summary["bytes"]["head"] == 0
 
 
+def test_answers_at_the_end_are_scored(fedvb: Run, assets: Path, tmp_path: Path):
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("torchmetrics")
+    options = [
+        *("--model", assets / "models" / "stories260K-hf", "--data", assets / "data" / "e2e"),
+        *("--clients", "3", "--clients-per-round", "2", "--rounds", "2", "--local-steps", "2"),
+        *("--max-examples", "60", "--eval-examples", "12", "--max-length", "64", "--eval-generate", "5"),
+    ]
+    shown = fedvb("simulate", *options, "--out", "run")
+    assert (shown.code, shown.err) == (0, "")
+    texts = read_summary(tmp_path / "run")["score"]["texts"]
+    assert set(texts) == {"prompts", "exact_match", "rouge_l", "bleu"}
+    assert texts["prompts"] == 5
+    assert 0 <= texts["rouge_l"] <= 1
+    assert [record["texts"] for record in read_history(tmp_path / "run")] == [{}, {}, texts]
+
+
+def test_answers_need_prompts(fedvb: Run, small: list[str]):
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("torchmetrics")
+    shown = fedvb("simulate", *small, "--eval-generate", "5", "--out", "run")
+    assert shown.code == 2
+    assert "eval-generate: the held-out texts have no prompts to answer" in shown.err
+
+
 def test_causal_lm_on_plain_text(fedvb: Run, assets: Path, tmp_path: Path):
     """Texts far longer than the model reads are cut, without a word from the tokenizer."""
     rows = [{"text": "Once upon a time there was a little dog. " * 200} for _ in range(3)]
