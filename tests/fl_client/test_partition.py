@@ -248,6 +248,13 @@ def test_what_cannot_be_dealt_is_said() -> None:
         partition(Table(["a", "b"]), "dirichlet:1", 2, 0)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_two_labels_at_alpha_a_tenth_fill_twenty_clients(seed: int) -> None:
+    """No client is empty in one of twelve draws: ten were too few for every other seed."""
+    parts = partition(_table(16_000, labels=2), "dirichlet:0.1", 20, seed)
+    _check_whole(parts, 16_000, 20)
+
+
 def test_an_empty_client_is_named_without_noise(capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -76,7 +76,9 @@ def test_history_and_summary(tmp_path: Path):
     blueprint = make_blueprint()
     assert summary["parameters"]["sent"] == blueprint.stored_parameters
     assert summary["bytes"]["head"] == 4 * blueprint.head_size
-    assert summary["bytes"]["up_total"] / 15 == pytest.approx(summary["bytes"]["up_per_client_round"], abs=0.5)
+    assert summary["bytes"]["up_total"] / 15 == pytest.approx(
+        summary["bytes"]["up_per_client_round"], abs=0.5
+    )
     assert summary["bytes"]["down_total"] == sum(record["bytes"]["down"] for record in history)
     assert summary["bytes"]["evaluate_total"] > 0
     keys = "adapter bytes clients data dropped model parameters rejected rounds score seconds seed versions"
