@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -238,7 +239,7 @@ def test_a_bad_reply_is_rejected_by_name_and_the_round_goes_on(tmp_path: Path, c
     summary = run(tmp_path / "bad", make_exchange(tamper=tamper), **options)
     first = read_history(tmp_path / "bad")[1]
     assert [fault["client"] for fault in first["rejected"]] == ["2"]
-    assert reason in first["rejected"][0]["reason"]
+    assert re.search(reason, first["rejected"][0]["reason"])
     assert (first["clients"], first["replies"]) == (5, 4)
     assert summary["rejected"] == 1
 
