@@ -114,7 +114,7 @@ def _chosen(topk: TopK | None, blueprint: Blueprint, turn: int) -> TopK | None:
         return None
     rows, k, h = blueprint.topk_shape
     fates = (np.arange(rows) * turn % 5)[:, None]
-    anew = (np.arange(rows)[:, None] * turn + np.arange(k) * turn) % h
+    anew = (np.arange(rows)[:, None] * turn + np.arange(k) * turn) % min(h, 7)  # the first are frequent
     positions = np.where(fates == 1, topk.positions[:, ::-1], np.where(fates == 2, anew, topk.positions))
     gaps = GAPS[4 * (np.arange(rows)[:, None] * turn % 30 + np.arange(k - 1))]
     return TopK(positions.astype(np.int32), np.where(fates == 3, topk.gaps, gaps))
@@ -122,6 +122,7 @@ def _chosen(topk: TopK | None, blueprint: Blueprint, turn: int) -> TopK | None:
 
 HEADLESS = Blueprint(SPEC, BLUEPRINT.linears, (), "toy-4")
 THREE = Blueprint(VBLoRASpec(rank=2, num_vectors=11, vector_length=4, topk=3, seed=11), BLUEPRINT.linears)
+LARGE = Blueprint(VBLoRASpec(rank=4, num_vectors=64, vector_length=16, seed=11), (Linear("a", 1024, 1024),))
 LORA = Blueprint(LoRASpec(rank=2, seed=11), BLUEPRINT.linears, HEAD, "toy-4", ("a", "b"))
 
 # Of each blob: its adapter, and what it builds on, a number of `make_reference`'s turns; None is whole.
@@ -137,6 +138,7 @@ GOLDEN_BLOBS: dict[str, tuple[Blueprint, int | None]] = {
     "update-bfloat16": (BLUEPRINT, 2),
     "update-headless": (HEADLESS, 2),
     "update-three": (THREE, 2),
+    "update-large": (LARGE, 2),
     "update-lora": (LORA, 2),
 }
 GOLDEN_WIRES = {
