@@ -62,9 +62,13 @@ class Memory:
         if digest not in self._states and self._folder is not None:
             for path in self._files(f"states/*-{digest.hex()}.safetensors"):
                 try:
-                    self._states[digest] = load_state(path)[0]
-                except RunError:  # damaged: the server will send it anew
+                    found = load_state(path)[0]
+                except RunError:
+                    found = None
+                if found is None or found.digest != digest:  # damaged: the server will send it anew
                     path.unlink(missing_ok=True)
+                else:
+                    self._states[digest] = found
         return self._states.get(digest)
 
     def keep_state(self, state: State, blueprint: Blueprint) -> None:

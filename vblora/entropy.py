@@ -6,7 +6,7 @@ alphabet is small, whatever the largest number is, and its frequencies travel in
 constriction's (arXiv 2201.01741). Encoding is canonical: one array, one byte string.
 
 A stream: count of tokens used varint | for each: token varint (as the distance from the last), occurrences
-varint | words of the coder varint, u32 ... | plain bits, block after block of 2^16 numbers. No numbers, no
+varint | words of the coder varint, u32 ... | plain bits, block after block of 2^14 numbers. No numbers, no
 bytes. Varints are LEB128: 7 bits a byte, low first.
 """
 
@@ -41,7 +41,7 @@ LONGEST = 31
 LARGEST = (1 << LONGEST) - 1
 FIRST_LARGE = 2 * DIRECT
 MAX_TOKENS = FIRST_LARGE + 16 * (LONGEST - TOLD)
-BLOCK = 1 << 16  # numbers decoded at once: the temporaries stay small beside the result
+BLOCK = 1 << 14  # numbers decoded at once: the temporaries stay small beside the result
 
 
 def encode_integers(numbers: NDArray[np.signedinteger]) -> bytes:
@@ -191,13 +191,14 @@ def to_tokens(flat: Ints) -> Ints:
 
 def from_tokens(tokens: NDArray[np.signedinteger], data: Reader) -> NDArray[np.int32]:
     """The numbers that tokens stand for, with the plain bits that follow in `data`."""
-    numbers = np.where(tokens % 2 == 1, -(tokens + 1) // 2, tokens // 2).astype(np.int32)
+    numbers = np.asarray((tokens + 1) // 2, np.int32)
+    np.negative(numbers, out=numbers, where=tokens % 2 == 1)
     large = np.flatnonzero(tokens >= FIRST_LARGE)
     if large.size:
-        code = tokens[large].astype(np.int64) - FIRST_LARGE
-        widths = plain_width(tokens[large]).astype(np.int64)
-        middle = _read_plain_bits(data, widths)
-        size = ((code % 16 // 4 + 4) << (widths + 1)) + (middle << 1) + (code % 4 // 2)
+        code = tokens[large].astype(np.int32) - np.int32(FIRST_LARGE)
+        widths = code // 16 + 1
+        size = ((code % 16 // 4 + 4) << (widths + 1)) + (code % 4 // 2)
+        size += _read_plain_bits(data, widths) << 1
         numbers[large] = np.where(code % 2 == 1, -size, size)
     return numbers
 
@@ -220,17 +221,16 @@ def plain_bits(flat: Ints) -> bytes:
     return np.packbits(np.concatenate(planes), bitorder="little").tobytes() if planes else b""
 
 
-def _read_plain_bits(data: Reader, widths: Ints) -> Ints:
-    total = int(widths.sum())
-    packed = np.frombuffer(data.take(-(-total // 8)), np.uint8)
-    bits = np.unpackbits(packed, count=total, bitorder="little").astype(np.int64)
-    middle = np.zeros(len(widths), np.int64)
+def _read_plain_bits(data: Reader, widths: NDArray[np.int32]) -> NDArray[np.int32]:
+    packed = np.frombuffer(data.take(-(-int(widths.sum(dtype=np.int64)) // 8)), np.uint8)
+    middle = np.zeros(len(widths), np.int32)
     at = 0
     for place in range(int(widths.max(initial=0))):
         inside = widths > place
-        count = int(inside.sum())
-        middle[inside] |= bits[at : at + count] << place
-        at += count
+        end = at + int(inside.sum())
+        bits = np.unpackbits(packed[at // 8 : -(-end // 8)], bitorder="little")[at % 8 : at % 8 + end - at]
+        middle[inside] |= bits.astype(np.int32) << place
+        at = end
     return middle
 
 
@@ -239,7 +239,7 @@ def _lengths(size: Ints) -> Ints:
     return np.frexp(size.astype(np.float64))[1].astype(np.int64)
 
 
-def _read_table(data: Reader, count: int) -> tuple[Ints, Ints]:
+def _read_table(data: Reader, count: int) -> tuple[NDArray[np.int32], Ints]:
     kinds = data.varint()
     most = min(MAX_TOKENS, count)
     if not 1 <= kinds <= most:
@@ -250,7 +250,7 @@ def _read_table(data: Reader, count: int) -> tuple[Ints, Ints]:
         raise WireError(
             f"integers: the table counts {sum(occurrences)} numbers, expected {count}, each token once"
         )
-    return np.cumsum(np.array(steps, np.int64)), np.array(occurrences, np.int64)
+    return np.cumsum(steps, dtype=np.int32), np.array(occurrences, np.int64)
 
 
 def _model(counts: Ints) -> constriction.stream.model.Categorical:

@@ -31,6 +31,7 @@ def _values() -> Iterator[float]:
 GAPS: Floats = np.array(list(_values()), np.float32)
 GAPS.flags.writeable = False
 COARSEST = 6  # a message may use every 2^6-th value
+BLOCK = 1 << 14  # gaps computed at once
 
 
 def coarsest(gaps: Floats) -> int | None:
@@ -58,12 +59,16 @@ def to_moves(gaps: Floats, base: Floats, exponent: int) -> Ints:
 
 def from_moves(moves: NDArray[np.signedinteger], base: Floats, exponent: int) -> Floats | None:
     """The gaps that `to_moves` told, or None where a move leads beyond the values."""
-    values = _used(exponent)
-    up, down = np.searchsorted(values, base, "right") - 1, np.searchsorted(values, base)
-    at = moves.astype(np.int64) + np.where(moves > 0, up, down)
-    if not ((moves == 0) | ((at >= 0) & (at < len(values)))).all():
-        return None
-    return np.where(moves == 0, base, values[np.clip(at, 0, len(values) - 1)])
+    values, found = _used(exponent), np.empty(base.size, np.float32)
+    told, start = moves.reshape(-1), base.reshape(-1)
+    for at in range(0, base.size, BLOCK):
+        move, own = told[at : at + BLOCK].astype(np.int64), start[at : at + BLOCK]
+        up, down = np.searchsorted(values, own, "right") - 1, np.searchsorted(values, own)
+        place = move + np.where(move > 0, up, down)
+        if not ((move == 0) | ((place >= 0) & (place < len(values)))).all():
+            return None
+        found[at : at + BLOCK] = np.where(move == 0, own, values[np.clip(place, 0, len(values) - 1)])
+    return found.reshape(base.shape)
 
 
 def round_gaps(gaps: Floats, base: Floats, exponent: int, noise: np.random.Generator) -> Floats:

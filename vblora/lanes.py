@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vblora.entropy import (
+    LARGEST,
     MAX_TOKENS,
     Reader,
     decode_integers,
@@ -40,6 +41,7 @@ Ints = NDArray[np.int64]
 
 PLAIN, ALONG = 0, 1  # the trellis
 BLOCK_LANES = 512  # lanes coded side by side
+RUN_LANES = 64  # lanes whose plain bits lie together
 UNIT_CLASS = 9  # of a mean size of 1; classes are half octaves apart, class 0 is all zeros
 MOST_CLASS = UNIT_CLASS + 62
 SEEN = 128  # what one number that was read adds to a frequency
@@ -68,7 +70,7 @@ def encode_lanes(numbers: NDArray[np.signedinteger]) -> bytes:
             model.learn(contexts, symbols)
         words = encoder.get_compressed()
         out += [varint(model.alphabet), varint(len(words)), words.astype("<u4").tobytes()]
-        out += [plain_bits(lanes[rows].reshape(-1)) for rows in _blocks(len(lanes))]
+        out += [plain_bits(lanes[rows].reshape(-1)) for rows in _runs(len(lanes), RUN_LANES)]
     return b"".join(out)
 
 
@@ -98,8 +100,8 @@ def decode_lanes(data: Reader, count: int) -> NDArray[np.int32]:
     if not classes.any():
         return numbers.reshape(-1)[:count]
     alphabet = data.varint()
-    if not 1 <= alphabet <= MAX_TOKENS:
-        raise WireError(f"lanes: {alphabet} tokens, expected 1 to {MAX_TOKENS}")
+    if not 2 <= alphabet <= MAX_TOKENS:
+        raise WireError(f"lanes: {alphabet} tokens, expected 2 to {MAX_TOKENS}")
     model, decoder = LaneModel(classes, alphabet), data.range_decoder()
     parity = _parities(alphabet)
     odd = np.zeros(numbers.shape, np.int8)
@@ -111,9 +113,11 @@ def decode_lanes(data: Reader, count: int) -> NDArray[np.int32]:
         numbers[rows, at] = symbols = decode_symbols(decoder, model.family, model.probabilities(contexts))
         model.learn(contexts, symbols)
         state[rows] = NEXT[state[rows], parity[symbols]]
-    for block in _blocks(len(numbers)):  # tokens so far
-        found = from_tokens(numbers[block].reshape(-1), data).reshape(-1, length)
-        numbers[block] = found if how == PLAIN else 2 * found - np.sign(found) * odd[block]
+    for run in _runs(len(numbers), RUN_LANES):  # tokens so far
+        found = from_tokens(numbers[run].reshape(-1), data).reshape(-1, length)
+        if how == ALONG and int(np.abs(found).max()) > LARGEST // 2:
+            raise WireError(f"lanes: a multiple of more than {LARGEST} steps")
+        numbers[run] = found if how == PLAIN else 2 * found - np.sign(found) * odd[run]
     return numbers.reshape(-1)[:count]
 
 
@@ -181,15 +185,15 @@ def _parities(alphabet: int) -> NDArray[np.int8]:
     return np.where(tokens < 32, (tokens + 1) // 2, tokens // 2 % 2).astype(np.int8) & np.int8(1)
 
 
-def _blocks(lanes: int) -> list[slice]:
-    return [slice(start, start + BLOCK_LANES) for start in range(0, lanes, BLOCK_LANES)]
+def _runs(lanes: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, lanes, size)]
 
 
 def _columns(classes: NDArray[np.signedinteger], count: int) -> Iterator[tuple[Ints, int]]:
     """Block by block the columns, each with the lanes that have a number there to be read."""
     length = lane_length(count)
     short = count - (len(classes) - 1) * length  # numbers of the last lane
-    for block in _blocks(len(classes)):
+    for block in _runs(len(classes), BLOCK_LANES):
         rows = block.start + np.flatnonzero(classes[block])
         for at in range(length):
             if at == short and rows.size and rows[-1] == len(classes) - 1:

@@ -59,7 +59,8 @@ class WireSettings:
         gap_bits: of a gap of an update: 6 is steps of 2^-6 while gaps are small, 1 is steps of 1/2 (see
             `vblora.gaps`); 32 is float32. States have 6, or 32 where `down_bits` is.
         down_bits: of a number's change from one state to the next; 32 sends whole float32 states.
-        keep: share of an update's largest numbers that are sent; the others wait in the error feedback.
+        keep: share of an update's largest numbers that are sent, in the steps that all of them would have;
+            the others are zeros, which cost little, and wait in the error feedback.
         feedback: clients add what rounding dropped to their next update.
         stochastic: clients round their change up or down by chance instead of to the nearest step.
     """
@@ -232,22 +233,21 @@ def _rounded(
     """A change on steps, and the step; 0 where it is not on steps."""
     if not np.isfinite(change).all():
         return change, 0.0  # training has diverged: the receiver shall see it
-    wanted = change
-    if settings.keep < 1 and change.size:
-        size = np.abs(change)
-        wanted = np.where(size >= np.quantile(size, 1 - settings.keep), change, np.float32(0))
     if bits == FLOAT32:
-        return wanted, 0.0
+        return change, 0.0
     if bits == BFLOAT16:
-        return _bfloat16(wanted), 0.0
+        return _bfloat16(change), 0.0
     how: Rounding = "chance" if settings.stochastic else "nearest"
     if how == "nearest" and settings.keep == 1:  # a trellis may move what is not to be sent
         how = "trellis"
-    step = np.float32(find_step(wanted, bits, how))
+    step = np.float32(find_step(change, bits, how))
     if how == "trellis":
-        whole = round_lanes(wanted, float(step)).astype(np.float32)
+        whole = round_lanes(change, float(step)).astype(np.float32)
     else:
-        whole = np.floor(wanted / step + (noise.random(wanted.shape, np.float32) if how == "chance" else 0.5))
+        whole = np.floor(change / step + (noise.random(change.shape, np.float32) if how == "chance" else 0.5))
+    if settings.keep < 1:
+        size = np.abs(change)
+        whole = np.where(size >= np.quantile(size, 1 - settings.keep), whole, np.float32(0))
     return (np.clip(whole, -MOST_STEPS, MOST_STEPS) + np.float32(0)) * step, float(step)
 
 

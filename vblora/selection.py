@@ -185,14 +185,14 @@ def round_selection(topk: TopK, base: TopK, exponent: int, noise: np.random.Gene
 
 def _lack_streams(lacks: Bools) -> Iterator[tuple[Ints, int]]:
     """Place by place of the base's rows, by how many before are missing."""
-    before = np.zeros(len(lacks), np.int64)
+    before = np.zeros(len(lacks), np.int8)
     for place in range(lacks.shape[1]):
         for count in range(place + 1):
             yield np.flatnonzero(before == count), place
         before = before + lacks[:, place]
 
 
-def _by_missing(missing: Ints, k: int) -> list[Ints]:
+def _by_missing(missing: NDArray[np.signedinteger], k: int) -> list[Ints]:
     """Rows by how many of the base's places they lack, 0 to k."""
     return [np.flatnonzero(missing == count) for count in range(k + 1)]
 
@@ -224,16 +224,17 @@ def _same(topk: TopK, base: TopK) -> Bools:
 # --- Reading -------------------------------------------------------------------------
 
 
-def _read_sets(data: Reader, base: TopK, num_vectors: int) -> tuple[NDArray[np.int32], Ints]:
+def _read_sets(data: Reader, base: TopK, num_vectors: int) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
     """(S, k) places of the members, and (S,) how many of the base's are missing."""
     k = base.positions.shape[1]
     lacks = np.zeros(base.positions.shape, np.bool_)
     for rows, place in _lack_streams(lacks):  # which goes on from what is filled in here
         lacks[rows, place] = _bounded("a place that is missing or not", decode_integers(data, rows.size), 1)
-    missing = lacks.sum(axis=1)
-    members = np.take_along_axis(base.positions, lacks.argsort(axis=1, kind="stable"), axis=1)
+    missing, members = lacks.sum(axis=1, dtype=np.int8), base.positions.copy()
     for count, rows in enumerate(_by_missing(missing, k)):
         if count and rows.size:
+            kept = lacks[rows].argsort(axis=1, kind="stable")
+            members[rows] = np.take_along_axis(base.positions[rows], kept, axis=1)
             ranks = decode_subsets(data, rows.size, count, num_vectors - k)
             for named in np.sort(base.positions[rows], axis=1).T:
                 ranks += ranks >= named[:, None]  # at or above the j-th named place it is one further
@@ -241,8 +242,8 @@ def _read_sets(data: Reader, base: TopK, num_vectors: int) -> tuple[NDArray[np.i
     return members, missing
 
 
-def _read_largest(data: Reader, missing: Ints, k: int) -> Ints:
-    largest = np.zeros(len(missing), np.int64)
+def _read_largest(data: Reader, missing: NDArray[np.int8], k: int) -> NDArray[np.int8]:
+    largest = np.zeros(len(missing), np.int8)
     for rows in _by_missing(missing, k):
         largest[rows] = _bounded("the largest member", decode_integers(data, rows.size), k - 1)
     return largest
@@ -252,15 +253,15 @@ def _read_gaps(
     data: Reader,
     base: TopK,
     members: NDArray[np.int32],
-    missing: Ints,
-    largest: Ints,
+    missing: NDArray[np.int8],
+    largest: NDArray[np.int8],
     exponent: int,
 ) -> TopK:
     """Gaps as moves and values; they give the order of the members."""
     rows, k = members.shape
     gaps = np.zeros((rows, k - 1), np.float32)
     stays = (missing == 0) & (largest == 0)
-    for inside in (np.flatnonzero(stays), *_by_missing(np.where(stays, -1, missing), k)):
+    for inside in (np.flatnonzero(stays), *_by_missing(np.where(stays, np.int8(-1), missing), k)):
         start = np.where(stays[inside, None], base.gaps[inside], np.float32(0))
         moves = decode_integers(data, start.size).reshape(start.shape)
         values = from_moves(moves, start, exponent)
@@ -274,15 +275,15 @@ def _read_gaps(
     return TopK(np.where(kept, base.positions, found.positions), np.where(kept, base.gaps, found.gaps))
 
 
-def _read_in_full(data: Reader, base: TopK, members: NDArray[np.int32], largest: Ints) -> TopK:
+def _read_in_full(data: Reader, base: TopK, members: NDArray[np.int32], largest: NDArray[np.int8]) -> TopK:
     """Order and gaps of the rows that differ from the base's."""
     rows, k = members.shape
     differs = np.flatnonzero(_bounded("a row that differs or not", decode_integers(data, rows), 1))
-    at = np.zeros((differs.size, k), np.int64)
+    at = np.zeros((differs.size, k), np.int16)
     at[:, 0] = largest[differs]
     for place in range(1, k - 1):
         at[:, place] = _bounded("a member", decode_integers(data, differs.size), k - 1)
-    at[:, k - 1] = k * (k - 1) // 2 - at[:, : k - 1].sum(axis=1)  # the one that is left
+    at[:, k - 1] = k * (k - 1) // 2 - at[:, : k - 1].sum(axis=1, dtype=np.int16)  # the one that is left
     if not np.array_equal(np.sort(at, axis=1), np.broadcast_to(np.arange(k), at.shape)):
         raise WireError("selection: a row names a member twice")
     positions, gaps = base.positions.copy(), base.gaps.copy()
@@ -307,7 +308,7 @@ def _in_order(positions: NDArray[np.int32], gaps: Floats) -> TopK:
     return TopK(np.concatenate([positions[:, :1], later], axis=1), np.take_along_axis(gaps, order, axis=1))
 
 
-def _without(largest: Ints, k: int) -> Ints:
+def _without(largest: NDArray[np.signedinteger], k: int) -> NDArray[np.int8]:
     """(S, k - 1) the members but one."""
-    members = np.arange(k - 1)
+    members = np.arange(k - 1, dtype=np.int8)
     return np.asarray(members + (members >= largest[:, None]))

@@ -74,10 +74,10 @@ class State:
         content = hashlib.sha256(self.version.to_bytes(8, "little"))
         for name, array in sorted(self.dense.items()):
             content.update(name.encode())
-            content.update(np.ascontiguousarray(array, "<f4").tobytes())
+            content.update(np.ascontiguousarray(array, "<f4").data)
         if self.topk is not None:
-            content.update(np.ascontiguousarray(self.topk.positions, "<i4").tobytes())
-            content.update(np.ascontiguousarray(self.topk.gaps, "<f4").tobytes())
+            content.update(np.ascontiguousarray(self.topk.positions, "<i4").data)
+            content.update(np.ascontiguousarray(self.topk.gaps, "<f4").data)
         return content.digest()[:16]
 
 

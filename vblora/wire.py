@@ -33,6 +33,7 @@ __all__ = ["decode_state", "decode_update", "encode_state", "encode_update", "in
 
 Floats = NDArray[np.float32]
 MOST_EXPONENT = 31
+BLOCK = 1 << 12  # numbers computed at once
 
 
 @lru_cache(maxsize=4)
@@ -83,7 +84,9 @@ def decode_state(blob: bytes, blueprint: Blueprint, held: Mapping[bytes, State] 
             cannot be a state: a number that is not finite, a selection out of bounds.
     """
     header, sections = _read_for(blob, Kind.STATE, blueprint)
-    if header.version == 0 and not sections:
+    if header.version == 0:
+        if sections:
+            raise WireError(f"state: version 0 with {len(sections)} sections, expected none: it is drawn")
         state = initial(blueprint)
     else:
         base = _base(header, blueprint, held or {})
@@ -265,17 +268,23 @@ def _values(section: Section, shape: tuple[int, ...], base: Floats | None, bluep
     if base is None or section.encoding is Encoding.FLOAT32:
         return _floats(section, shape)
     _expect(section, Encoding.GRID, shape)
-    start = initial(blueprint).dense[section.name]
-    old = on_grid(base, start)
     data = Reader(section.payload)
     exponent = data.take(1)[0]
-    if old is None or exponent > MOST_EXPONENT:
+    if exponent > MOST_EXPONENT:
         raise WireError(
-            f"blob: section {section.name} has exponent {exponent} on a base that may be off the grid"
+            f"blob: section {section.name} has exponent {exponent}, expected 0 to {MOST_EXPONENT}"
         )
-    change = decode_lanes(data, math.prod(shape)).reshape(shape)
+    change = decode_lanes(data, math.prod(shape))
     data.finish()
-    return from_grid(start, old + (change.astype(np.int64) << exponent))
+    start, old = initial(blueprint).dense[section.name].reshape(-1), base.reshape(-1)
+    values = np.empty(change.size, np.float32)
+    for at in range(0, change.size, BLOCK):
+        block = slice(at, at + BLOCK)
+        held = on_grid(old[block], start[block])
+        if held is None:
+            raise WireError(f"blob: section {section.name} is a difference, but its base is off the grid")
+        values[block] = from_grid(start[block], held + (change[block].astype(np.int64) << exponent))
+    return values.reshape(shape)
 
 
 def _change(section: Section, shape: tuple[int, ...]) -> Floats:
@@ -284,7 +293,7 @@ def _change(section: Section, shape: tuple[int, ...]) -> Floats:
         _expect(section, Encoding.STEPS, shape)
         data = Reader(section.payload)
         step = np.frombuffer(data.take(4), "<f4")[0]
-        change = decode_lanes(data, math.prod(shape)).reshape(shape).astype(np.float32)
+        change = decode_lanes(data, math.prod(shape)).astype(np.float32).reshape(shape)
         data.finish()
         with np.errstate(all="ignore"):  # whatever comes of any step is judged later
             change *= step

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from simulations.bench.sets import measure_churn, measure_sets
 from simulations.bench.wire import SHAPES, TARGETS, measure, run, shape_blueprint
-from simulations.replay import PHASES, recorded, replayed_update
+from simulations.replay import PHASES, recorded, replayed_update, write_message
+from tests.vblora.fuzz import declared
 from vblora.rounding import WIRES
 from vblora.spec import Blueprint, Linear, LoRASpec, VBLoRASpec
 from vblora.state import check_update
+from vblora.wire import decode_state, decode_update
 
 KB = 1000
 
@@ -70,3 +74,21 @@ def test_the_whole_bench(tmp_path, capsys):
 def test_shapes_to_quote(name, rows):
     assert name in SHAPES
     assert shape_blueprint(name).rows == rows
+
+
+@pytest.mark.parametrize("name", ["MiniLM", "Llama-3.2-3B"])
+@pytest.mark.parametrize("wire", ["lossless", "default", "smallest", "12 bits"])
+def test_reading_takes_four_times_the_memory_of_a_state_at_most(name, wire):
+    blueprint = shape_blueprint(name)
+    settings = replace(WIRES["default"], up_bits=12.0, down_bits=12.0) if wire == "12 bits" else WIRES[wire]
+    for phase in PHASES:
+        reference, exact = replayed_update(blueprint, phase)
+        blob = write_message(blueprint, phase, reference, exact, settings)
+        tracemalloc.start()
+        if phase == "down":
+            decode_state(blob, blueprint, {reference.digest: reference})
+        else:
+            decode_update(blob, blueprint, reference)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak <= 4 * declared(blueprint)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import textwrap
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def make_update() -> Update:
     return Update(5, state.digest, 321, {name: -array / 2 for name, array in state.dense.items()}, topk)
 
 
+@lru_cache(maxsize=32)
 def make_reference(blueprint: Blueprint, turn: int) -> State:
     """A state on the grid, as after `turn` rounds; it comes from no generator."""
     start = initial(blueprint)

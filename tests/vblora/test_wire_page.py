@@ -87,8 +87,8 @@ def integers(data: Bytes, count: int) -> list[int]:
         model = constriction.stream.model.Categorical(np.array(occurrences, np.float32), perfect=False)
         symbols = coder.decode(model, count).tolist()
     found: list[int] = []
-    for start in range(0, count, 1 << 16):
-        block = [tokens[symbol] for symbol in symbols[start : start + (1 << 16)]]
+    for start in range(0, count, 1 << 14):
+        block = [tokens[symbol] for symbol in symbols[start : start + (1 << 14)]]
         found += map(number, block, plain_bits(block, data))
     return found
 
@@ -140,9 +140,9 @@ def lanes(data: Bytes, count: int) -> list[int]:
             for level, odd, token in seen:
                 frequencies[level, odd][token] += 128
     found = []
-    for first in range(0, lane_count, 512):
-        flat = [token for lane in tokens[first : first + 512] for token in lane]
-        odd = [one for lane in odds[first : first + 512] for one in lane]
+    for first in range(0, lane_count, 64):
+        flat = [token for lane in tokens[first : first + 64] for token in lane]
+        odd = [one for lane in odds[first : first + 64] for one in lane]
         for k, one in zip(map(number, flat, plain_bits(flat, data)), odd, strict=True):
             found.append(2 * k - (k > 0) * one + (k < 0) * one if along else k)
     return found[:count]
