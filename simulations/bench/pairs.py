@@ -1,0 +1,173 @@
+"""Settings of a study against one of them, seed by seed: by how much scores differ, and how sure that is.
+
+    python -m simulations.bench.pairs results.json --against wire=lossless
+    python -m simulations.bench.pairs results.json --against wire-up-bits=32 --plot curve.png
+
+reads what `simulations.bench.learning --json` wrote. A seed draws the texts, their deal, the clients of each
+round and all initial values, so runs of one seed differ by their settings alone, and their difference
+scatters less than either score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simulations.bench.tables import print_table
+from vblora.errors import RunError
+
+__all__ = ["Pairing", "main", "pair", "read_results"]
+
+Result = dict[str, Any]
+Setting = tuple[tuple[str, Any], ...]
+
+# Student's t at 97.5%, by degrees of freedom from 1.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """One setting beside the one that it is held against.
+
+    Attributes:
+        setting: what differs from other settings of the study, as (key, value).
+        scores: by seed.
+        differences: to the other setting, by seed that both have.
+        up: bytes that a client sent in a round, mean.
+    """
+
+    setting: Setting
+    scores: Mapping[int, float]
+    differences: Mapping[int, float]
+    up: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.scores.values())
+
+    @property
+    def difference(self) -> float:
+        return statistics.mean(self.differences.values())
+
+    @property
+    def half(self) -> float:
+        """Half the width of the 95% interval of the mean difference; infinite from one seed."""
+        count = len(self.differences)
+        if count < 2:
+            return math.inf
+        spread = statistics.stdev(self.differences.values())
+        return T[min(count - 1, len(T)) - 1] * spread / math.sqrt(count)
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.setting) or "as the study's base"
+
+
+def read_results(paths: Iterable[Path]) -> list[Result]:
+    """The runs of some result files that came to an end."""
+    found = [result for path in paths for result in json.loads(path.read_text())]
+    return [result for result in found if "error" not in result]
+
+
+def pair(results: list[Result], against: Mapping[str, str], score: str = "last3") -> list[Pairing]:
+    """Every setting beside the one that `against` names, which comes first; others by their bytes.
+
+    Args:
+        results: runs.
+        against: keys of a config and what they are in that setting.
+        score: "last3", "best" or another of a summary's.
+
+    Raises:
+        RunError: no setting, or several, are so.
+    """
+    groups: dict[Setting, dict[int, Result]] = {}
+    for result in results:
+        setting = _setting(result["config"])
+        groups.setdefault(setting, {})[int(result["config"]["seed"])] = result
+    named = [setting for setting in groups if _is(dict(setting), against)]
+    if len(named) != 1:
+        raise RunError(f"results: {len(named)} settings have {dict(against)}, expected one of {len(groups)}")
+    common = set.intersection(*map(set, groups))
+    other = {seed: run["score"][score] for seed, run in groups[named[0]].items()}
+    found = []
+    for setting, runs in groups.items():
+        scores = {seed: run["score"][score] for seed, run in runs.items()}
+        both = {seed: scores[seed] - other[seed] for seed in sorted(scores.keys() & other.keys())}
+        if both:
+            up = statistics.mean(run["bytes"]["up_per_client_round"] for run in runs.values())
+            differing = tuple(item for item in setting if item not in common)
+            found.append((setting != named[0], up, Pairing(differing, scores, both, up)))
+    return [pairing for *_, pairing in sorted(found, key=lambda item: item[:2])]
+
+
+def plot(pairings: list[Pairing], target: Path) -> None:
+    """Differences by bits of a number going up, with and without error feedback."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for feedback in ("off", "on"):
+        points = sorted(
+            (float(dict(item.setting)["wire-up-bits"]), 100 * item.difference, 100 * item.half)
+            for item in pairings
+            if dict(item.setting).get("wire-feedback", "off") == feedback
+            and dict(item.setting).get("wire-up-bits")
+            and len(item.differences) > 1
+        )
+        bits, means, halves = zip(*points, strict=True)
+        axes.errorbar(bits, means, yerr=halves, marker="o", capsize=3, label=f"feedback {feedback}")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("bits of a number going up")
+    axes.set_ylabel("points against float32, 95% interval over seeds")
+    axes.legend()
+    figure.savefig(target, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _setting(config: Mapping[str, Any]) -> Setting:
+    return tuple(sorted((name, value) for name, value in config.items() if name != "seed"))
+
+
+def _is(config: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
+    return all(str(config.get(name)) == value for name, value in wanted.items())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table, and draw the curve."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, nargs="+", help="files of bench.learning --json")
+    parser.add_argument("--against", required=True, help="KEY=VALUE,... of the setting to compare with")
+    parser.add_argument("--score", default="last3", help="last3 or best")
+    parser.add_argument("--plot", type=Path, help="draw differences by wire-up-bits into this file")
+    given = parser.parse_args(arguments)
+    against = dict(item.split("=", 1) for item in given.against.split(","))
+    pairings = pair(read_results(given.results), against, given.score)
+    print_table(
+        f"{given.score} against {given.against}, points, paired by seed",
+        pairings,
+        {
+            "setting": str,
+            "seeds": lambda item: str(len(item.differences)),
+            given.score: lambda item: f"{100 * item.mean:.2f}",
+            "difference": lambda item: f"{100 * item.difference:+.2f}",
+            "95%": lambda item: f"± {100 * item.half:.2f}",
+            "up kB": lambda item: f"{item.up / 1000:.1f}",
+        },
+    )
+    if given.plot:
+        plot(pairings, given.plot)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
