@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fl_client.questions import OWN_KEYS, Answer, Question, Scalar, of_lone_site
@@ -32,6 +32,7 @@ __all__ = ["Answers", "app", "handle"]
 
 Answers = Callable[[Sequence[Question]], Iterable[Answer]]
 
+ONE_OBJECT = 1 << 20  # bytes of a blob that travels in one piece
 CLIENT_APP_RAISED = 2  # flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 log = logging.getLogger("flwr.fedvb")
@@ -161,18 +162,30 @@ def _name(context: Context) -> str:
 
 def _question(client: int, message: Message) -> Question:
     content = message.content
-    blob = content.array_records["blob"]["blob"].data if "blob" in content else b""
     config = content.config_records.get("config", ConfigRecord())
     scalars = {name: value for name, value in config.items() if isinstance(value, bool | int | float | str)}
-    return Question(client, message.metadata.message_type.removeprefix("query."), blob, scalars)
+    return Question(client, message.metadata.message_type.removeprefix("query."), _blob(content), scalars)
 
 
 def _reply(message: Message, name: str, found: Answer) -> Message:
     if found.error:
         return Message(Error(CLIENT_APP_RAISED, found.error), reply_to=message)
-    content = RecordDict({"text": ConfigRecord({"text": found.text, "client": name})})
-    if found.metrics:
-        content["metrics"] = MetricRecord(dict(found.metrics))
+    content = RecordDict({"text": ConfigRecord({**found.metrics, "text": found.text, "client": name})})
     if found.blob:
-        content["blob"] = ArrayRecord({"blob": Array("uint8", (len(found.blob),), "fedvb", found.blob)})
+        content["blob"] = _blob_record(found.blob)
     return Message(content, reply_to=message)
+
+
+def _blob(content: RecordDict) -> bytes:
+    record = content.get("blob")
+    if isinstance(record, ArrayRecord):
+        return record["blob"].data
+    return bytes(record["blob"]) if isinstance(record, ConfigRecord) else b""  # type: ignore[arg-type]
+
+
+def _blob_record(blob: bytes) -> ArrayRecord | ConfigRecord:
+    """A blob as Flower's record: a small one as one object, for each costs a kilobyte of headers; a large one
+    as an Array, whose chunks travel side by side."""
+    if len(blob) <= ONE_OBJECT:
+        return ConfigRecord({"blob": blob})
+    return ArrayRecord({"blob": Array("uint8", (len(blob),), "fedvb", blob)})

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fl_server.config_file import require_same_config, save_config
@@ -24,6 +24,7 @@ from vblora.errors import FedVBError, RunError
 __all__ = ["BLOB_STYPE", "GridExchange", "app"]
 
 BLOB_STYPE = "fedvb"  # our own bytes: Flower carries any serialisation type and reads none of them
+ONE_OBJECT = 1 << 20  # bytes of a blob that travels in one piece
 MESSAGE_TYPES: Mapping[Kind, str] = {
     "hello": "query.hello",
     "describe": "query.describe",
@@ -66,8 +67,8 @@ def main(grid: Grid, context: Context) -> None:
 class GridExchange:
     """An `Exchange` over Flower's grid.
 
-    A message holds the blob as one Array (Flower charges some kB an array) and the config; a reply holds the
-    blob, the metrics and the text with the client's name.
+    A message holds the blob and the config; a reply holds the blob, and the text with the client's name and
+    the metrics. Each record is an object that costs a kilobyte of headers.
     """
 
     def __init__(self, grid: Grid, nodes: Mapping[str, int], hellos: Mapping[str, Reply]) -> None:
@@ -162,7 +163,7 @@ def _wait_for_nodes(grid: Grid, count: int, wait_seconds: float) -> list[int]:
 
 def _messages(asked: Sequence[tuple[int, Request]], timeout: float) -> list[Message]:
     """One message for each node. Requests of one blob share its record: it is hashed and uploaded once."""
-    blobs: dict[int, ArrayRecord] = {}
+    blobs: dict[int, ArrayRecord | ConfigRecord] = {}
     messages = []
     for node, request in asked:
         content = RecordDict({"config": ConfigRecord(dict(request.config))})
@@ -207,11 +208,10 @@ def _read_reply(name: str, answer: Message | str) -> Reply:
     try:
         content = answer.content
         config = content.get("text", ConfigRecord())
-        metrics = content.get("metrics", MetricRecord())
         return Reply(
             name or str(config.get("client", "")),
             _blob_bytes(content["blob"]) if "blob" in content else b"",
-            {key: value for key, value in metrics.items() if isinstance(value, int | float)},
+            {key: value for key, value in config.items() if isinstance(value, int | float)},
             str(config.get("text", "")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -230,13 +230,21 @@ def _checked_name(reply: Reply | None) -> str:
     return reply.client if reply and reply.client.isprintable() and len(reply.client) <= MAX_NAME else ""
 
 
-def _blob_record(blob: bytes) -> ArrayRecord:
+def _blob_record(blob: bytes) -> ArrayRecord | ConfigRecord:
+    """A blob as Flower's record: a small one is one object, a large one an Array, which is cut in pieces."""
+    if len(blob) <= ONE_OBJECT:
+        return ConfigRecord({"blob": blob})
     return ArrayRecord({"blob": Array("uint8", (len(blob),), BLOB_STYPE, blob)})
 
 
 def _blob_bytes(record: object) -> bytes:
+    if isinstance(record, ConfigRecord):
+        blob = record["blob"]
+        if not isinstance(blob, bytes):
+            raise TypeError(f"the blob is {type(blob).__name__}, expected bytes")
+        return blob
     if not isinstance(record, ArrayRecord):
-        raise TypeError("the blob is not an ArrayRecord")
+        raise TypeError("the blob is neither an ArrayRecord nor a ConfigRecord")
     array = record["blob"]
     if array.stype != BLOB_STYPE:
         raise ValueError(f"the blob has stype {array.stype}, expected {BLOB_STYPE}")

@@ -29,17 +29,17 @@ __all__ = ["run"]
 
 CHILD = """
 import json, sys
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from fl_client.app import handle
 TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 node, run = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 content = RecordDict({"config": ConfigRecord({"round": 1, "lr-scale": 1.0, "run": "bench"})})
 data = open(sys.argv[3], "rb").read()
-content["blob"] = ArrayRecord({"blob": Array("uint8", (len(data),), "fedvb", data)})
+content["blob"] = ConfigRecord({"blob": data})
 (reply,) = handle([Message(content, 2, "train")], [Context(1, 2, node, RecordDict(), run)])
 assert reply.has_content(), reply.error
-assert reply.content["metrics"]["steps"] == 1
+assert reply.content["text"]["steps"] == 1
 """
 
 

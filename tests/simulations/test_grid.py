@@ -22,14 +22,10 @@ TYPES = {"query.hello": "hello", "query.describe": "describe", "train": "train",
 
 
 def to_message(reply: Reply, message: Message) -> Message:
-    content = RecordDict(
-        {
-            "metrics": MetricRecord(dict(reply.metrics)),
-            "text": ConfigRecord({"text": reply.text, "client": reply.client}),
-        }
-    )
+    told = {**reply.metrics, "text": reply.text, "client": reply.client}
+    content = RecordDict({"text": ConfigRecord(told)})
     if reply.blob:
-        content["blob"] = ArrayRecord({"blob": Array("uint8", (len(reply.blob),), "fedvb", reply.blob)})
+        content["blob"] = ConfigRecord({"blob": reply.blob})
     return Message(content, reply_to=message)
 
 
@@ -39,7 +35,7 @@ def answer(message: Message, context: Context) -> Message:
     request = Request(
         client="",
         kind=TYPES[message.metadata.message_type],
-        blob=record["blob"].data if record else b"",
+        blob=bytes(record["blob"]) if record else b"",
         config=dict(message.content["config"]),
     )
     return to_message(FakeClient(str(context.node_config["partition-id"])).answer(request), message)
@@ -164,7 +160,9 @@ def test_nodes_without_a_name_and_nodes_of_one_name():
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (RecordDict({"blob": ConfigRecord({})}), "the blob is not an ArrayRecord"),
+        (RecordDict({"blob": ConfigRecord({})}), "KeyError"),
+        (RecordDict({"blob": ConfigRecord({"blob": "text"})}), "the blob is str, expected bytes"),
+        (RecordDict({"blob": MetricRecord({})}), "the blob is neither an ArrayRecord nor a ConfigRecord"),
         (RecordDict({"blob": ArrayRecord({})}), "KeyError"),
         (RecordDict({"blob": ArrayRecord({"blob": Array("uint8", (1,), "other", b"x")})}), "stype other"),
         (RecordDict({"text": ArrayRecord({})}), ""),
@@ -297,3 +295,16 @@ def test_what_nobody_pulls_is_not_worked_on():
     assert [reply.metadata.src_node_id for reply in grid.pull_messages(new)] == [250]
     assert seen == [*range(2, 66), 250]
     assert list(grid.pull_messages(old)) == []
+
+
+@pytest.mark.parametrize(("size", "kind"), [(1 << 20, ConfigRecord), ((1 << 20) + 1, ArrayRecord)])
+def test_small_blobs_are_one_object_and_large_ones_an_array(size: int, kind: type[object]):
+    """Both ways, at both ends."""
+    from fl_client import app as client
+    from fl_server import app as server
+
+    blob = bytes(size)
+    for writer in (client, server):
+        assert isinstance(writer._blob_record(blob), kind)
+    assert server._blob_bytes(client._blob_record(blob)) == blob
+    assert client._blob(RecordDict({"blob": server._blob_record(blob)})) == blob
