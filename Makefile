@@ -78,5 +78,5 @@ $(DEMO): pyproject.toml constraints.txt | $(BIN)/pip
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing fed-vblora and its tests into $(VENV) (the first time: about 1.5 GB, some minutes) ..."
-	@$(INSTALL) ".[demo,ray,peft,monitor,text-scores,dev]"
+	@$(INSTALL) ".[demo,ray,peft,quantize,monitor,text-scores,dev]"
 	@touch $(DEMO) $@

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from fl_client.base import Base
 from fl_client.batches import Examples
@@ -25,10 +26,11 @@ from fl_client.site import Site
 from fl_client.tasks import CausalLM, Classification, Task
 from vblora.errors import DataError
 from vblora.files import write_atomic
+from vblora.imports import read_start
 from vblora.model import AdaptedModel, describe_base, find_head, find_linears
 from vblora.spec import Blueprint
 
-__all__ = ["Texts", "assemble", "load_texts", "save_texts", "task_of"]
+__all__ = ["Texts", "assemble", "load_texts", "make_blueprint", "save_texts", "task_of"]
 
 AT_ONCE = 32  # clients scored in one forward on a GPU; its tokens are bounded, however many they are
 
@@ -63,17 +65,9 @@ def assemble(settings: SiteSettings, texts: Texts, base: Base) -> Site:
     """Put the adapter into the base and the texts beside it.
 
     Raises:
-        ModelError, ConfigError: the adapter does not fit the base.
+        ModelError, ConfigError, StartError: the adapter does not fit the base.
     """
-    linears = find_linears(base.model, settings.adapter.target_modules)
-    blueprint = Blueprint(
-        spec=settings.adapter.spec(linears, settings.data.seed),
-        linears=linears,
-        head=find_head(base.model),
-        model=describe_base(base.model),
-        labels=texts.labels,
-    )
-    model = AdaptedModel(base.model, blueprint)
+    model = AdaptedModel(base.model, make_blueprint(settings, texts.labels, base.model))
     return Site(
         settings=settings,
         model=model,
@@ -90,6 +84,24 @@ def assemble(settings: SiteSettings, texts: Texts, base: Base) -> Site:
         memory=Memory(Path(settings.state) if settings.state else None),
         salt=zlib.crc32(texts.train.tokens.tobytes()) if len(texts.parts) == 1 else 0,
     )
+
+
+def make_blueprint(settings: SiteSettings, labels: tuple[str, ...], base: nn.Module) -> Blueprint:
+    """What a site's settings and its base mean.
+
+    Raises:
+        ModelError, ConfigError, StartError: the adapter does not fit the base.
+    """
+    seed, found = settings.data.seed, None
+    linears = find_linears(base, settings.adapter.target_modules)
+    if settings.start:
+        found = read_start(Path(settings.start), seed)
+        spec = settings.adapter.require(found)
+        linears = tuple(linear for linear in linears if linear.name in found.layers)
+    else:
+        spec = settings.adapter.spec(linears, seed)
+    blueprint = Blueprint(spec, linears, find_head(base), describe_base(base), labels)
+    return blueprint if found is None else found.started(blueprint)
 
 
 def save_texts(path: Path, texts: Texts) -> None:

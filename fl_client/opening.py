@@ -48,7 +48,14 @@ def load_parts(settings: SiteSettings) -> tuple[Texts, Base]:
     find_model(settings.model)  # a misspelt name should not wait for the data to be read
     device = find_device(settings.device)
     corpus, parts = _dealt(settings.data)
-    base = load_base(settings.model, corpus.labels, device, dtype=settings.dtype, seed=settings.data.seed)
+    base = load_base(
+        settings.model,
+        corpus.labels,
+        device,
+        dtype=settings.dtype,
+        quantize=settings.quantize,
+        seed=settings.data.seed,
+    )
     return _tokenised(corpus, parts, base, settings.data), base
 
 

@@ -79,7 +79,8 @@ class Resident:
                     f"{name}: this site was started with {ours!r:.80}, the run says {theirs!r:.80}; "
                     "agree on one"
                 )
-        alone = {"clients": 1, "partition": "iid", "cohort": 1, "dropout": 0.0, "stragglers": 0.0}
+        alone: dict[str, Scalar] = {"start": self.own.get("start", "")}  # a server names no file here
+        alone |= {"clients": 1, "partition": "iid", "cohort": 1, "dropout": 0.0, "stragglers": 0.0}
         settings = SiteSettings.from_run_config({**run, **self.own, **alone})
         return replace(settings, state=str(self._state / "memory"))
 
@@ -129,7 +130,7 @@ def _without_paths(described: str) -> str:
 
 def _same_parts(one: SiteSettings, other: SiteSettings | None) -> bool:
     """Whether two settings ask for the same base and the same texts."""
-    names = (*WITHOUT_LOADING, "adapter", "cohort")
+    names = (*WITHOUT_LOADING, "adapter", "cohort", "start")
     return other is not None and one == replace(other, **{name: getattr(one, name) for name in names})
 
 

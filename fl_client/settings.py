@@ -10,6 +10,7 @@ from fl_client.hazards import HazardSettings
 from fl_client.personal import PersonalSettings
 from fl_client.train import LocalSettings
 from vblora.errors import ConfigError, raise_faults
+from vblora.imports import Found
 from vblora.rounding import WIRES, WireSettings, wire_settings
 from vblora.spec import (
     ADAPTERS,
@@ -23,6 +24,7 @@ from vblora.spec import (
 
 __all__ = ["AdapterSettings", "DataSettings", "SiteSettings", "from_config"]
 
+QUANTIZE = ("none", "4bit", "8bit")
 TASKS = ("auto", "classification", "causal-lm")
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 Settings = TypeVar("Settings")
@@ -135,7 +137,7 @@ class AdapterSettings:
         length = self.vector_length or choose_vector_length(linears)
         rows = max((part.stop for part in row_slices(linears, rank, length)), default=0)
         vectors = self.num_vectors or choose_num_vectors(rows)
-        numbers = {
+        numbers: dict[str, Any] = {
             "rank": rank,
             "alpha": self.alpha or 2.0 * rank,
             "num_vectors": vectors,
@@ -149,6 +151,22 @@ class AdapterSettings:
         }
         return kind(**{entry.name: numbers[entry.name] for entry in fields(kind) if entry.name in numbers})
 
+    def require(self, found: Found) -> AdapterSpec:
+        """The adapter of a file, which decides: what is asked for beside must say the same.
+
+        Raises:
+            ConfigError: names every option that asks for something else.
+        """
+        has = {"adapter": found.spec.kind, **vars(found.spec)}
+        faults = [
+            f"{entry.name.replace('_', '-')} is {asked}, the adapter in {found.where} has "
+            f"{has.get(entry.name, 'layers of its own')}; leave it out"
+            for entry in fields(self)
+            if (asked := getattr(self, entry.name)) not in (entry.default, has.get(entry.name))
+        ]
+        raise_faults("start", faults)
+        return found.spec
+
 
 @dataclass(frozen=True)
 class SiteSettings:
@@ -158,6 +176,8 @@ class SiteSettings:
         model: minilm, a hub id, or a local folder.
         device: auto, cpu, cuda, ...
         dtype: of the base; auto, or a name of torch's.
+        quantize: linear layers of the base in few bits: none, 4bit or 8bit.
+        start: folder of an adapter to go on from, see `vblora.imports`; "" starts from the seed.
         cohort: clients trained in one forward; 0 leaves it to be chosen.
         data, adapter, local, personal, hazards: see there.
         wire: how updates are rounded.
@@ -168,6 +188,8 @@ class SiteSettings:
     model: str = "minilm"
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str = "none"
+    start: str = ""
     cohort: int = 0
     data: DataSettings = field(default_factory=DataSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
@@ -183,6 +205,8 @@ class SiteSettings:
     def _faults(self) -> Iterator[str]:
         if not self.model:
             yield "model is empty, expected minilm, a hub id or a local folder"
+        if self.quantize not in QUANTIZE:
+            yield f"quantize is {self.quantize!r}, expected one of {', '.join(QUANTIZE)}"
         if self.cohort < 0:
             yield f"cohort is {self.cohort}, expected 1 or more, or 0 to choose it"
 

@@ -19,11 +19,11 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from vblora import seeded
 from vblora.adapters import VBLoRASpec
 from vblora.anchors import anchored
 from vblora.errors import UpdateError
 from vblora.spec import Blueprint
+from vblora.start import LARGEST_LOGIT, order_of
 from vblora.state import State, TopK, Update, mixture_weights
 
 __all__ = ["MAX_EXAMPLES", "MAX_TOTAL_EXAMPLES", "Mean", "aggregate"]
@@ -37,7 +37,7 @@ MAX_PEAK = (1 << 63) - ONE - 1  # room for one update on top of what `_FixedSum.
 MAX_EXAMPLES = 1 << 24  # of one update: so 127 clients that all claim the most still fit into a round
 MAX_TOTAL_EXAMPLES = (1 << 31) - 1  # of a round: a weight of 1 from every example still fits an int64
 CHUNK = 1 << 18  # numbers converted at once: the temporaries stay in the cache
-FLOOR = 1024.0  # no seed lies as far below 0
+FLOOR = 2 * LARGEST_LOGIT  # no logit of version 0 lies as far below 0
 MERGE = 1 << 20  # entries of selections that wait before they are merged: 16 MB
 
 
@@ -88,7 +88,7 @@ class Mean:
         self._selection = None
         if reference.topk is not None and isinstance(blueprint.spec, VBLoRASpec):
             spec = blueprint.spec
-            space_of = _Logits(spec, blueprint.rows) if space == "logits" else _Weights()
+            space_of = _Logits(spec, blueprint) if space == "logits" else _Weights()
             self._selection = _SelectionSum(reference.topk, spec.num_vectors, space_of)
 
     def add(self, update: Update) -> None:
@@ -206,15 +206,16 @@ class _Weights:
 class _Logits:
     """Selections as the logits that they stand for, above the seeds that everyone holds."""
 
-    def __init__(self, spec: VBLoRASpec, rows: int) -> None:
-        self._spec, self._rows = spec, rows
-        self._seeds = np.empty((rows, 0), np.float32)
+    def __init__(self, spec: VBLoRASpec, blueprint: Blueprint) -> None:
+        self._spec, self._order = spec, order_of(blueprint)
+        self._seeds = np.empty((blueprint.rows, 0), np.float32)
 
     def of(self, rows: Ints, topk: TopK) -> Ints:
         wide = self._seeded(int(topk.positions[rows].max(initial=0)) + 2)
         part = TopK(topk.positions[rows], topk.gaps[rows])
         seeds = np.take_along_axis(wide[rows], part.positions.astype(np.int64), axis=1)
-        lifts = anchored(self._spec, wide[rows], part).astype(np.float64) - seeds
+        logits = anchored(self._spec, wide[rows], part, keep=self._order.exact)
+        lifts = logits.astype(np.float64) - seeds
         return np.rint(lifts * ONE).astype(np.int64)
 
     def untouched(self, rows: Ints, k: int) -> Ints:
@@ -233,8 +234,7 @@ class _Logits:
         spec = self._spec
         if self._seeds.shape[1] < min(width, spec.num_vectors):
             wide = min(spec.num_vectors, max(width, 2 * self._seeds.shape[1], spec.topk + 1))
-            rows = np.arange(self._rows)
-            self._seeds = seeded.values(spec.seed, rows, spec.num_vectors, wide, spec.init_std)
+            self._seeds = self._order.logits(np.arange(len(self._seeds)), wide)
         return self._seeds
 
 

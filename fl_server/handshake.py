@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fl_server.exchange import Exchange, Reply, Request, client_order
 from vblora.errors import FedVBError, RunError
+from vblora.imports import hold_start
 from vblora.spec import Blueprint
 
-__all__ = ["Fault", "Roster", "Task", "describe", "meet", "name_faults"]
+__all__ = ["Fault", "Roster", "Task", "describe", "meet", "name_faults", "with_start"]
 
 METRICS = ("accuracy", "loss")
 PACKAGE = "fed-vblora"
@@ -90,7 +91,8 @@ def meet(exchange: Exchange, timeout: float) -> Roster:
         elif hellos[name]["fingerprint"] != first["fingerprint"]:
             faults[name] = (
                 f"its adapter is {hellos[name]['fingerprint'][:12]}, expected {first['fingerprint'][:12]} "
-                f"as client {fitting[0]} has; base model, targets, rank, h, b, k, seed and labels must agree"
+                f"as client {fitting[0]} has; "
+                "base model, targets, rank, h, b, k, seed, start and labels must agree"
             )
     refused = tuple(Fault(name, faults[name]) for name in sorted(faults, key=client_order))
     clients = tuple(name for name in ordered if name not in faults)
@@ -130,6 +132,32 @@ def describe(exchange: Exchange, roster: Roster, timeout: float) -> Task:
     except FedVBError as error:
         raise RunError(f"describe: client {client}: {error}") from error
     return task
+
+
+def with_start(task: Task, folder: str) -> Task:
+    """`task` with the adapter in hand that the clients go on from, where they do.
+
+    Args:
+        task: its blueprint names that adapter at most.
+        folder: where the server has it; "" is nowhere.
+
+    Raises:
+        RunError: the server has none, or the clients start from the seed.
+        StartError: the folder holds another, or none.
+    """
+    asked = task.blueprint.start
+    if asked is None and folder:
+        raise RunError(
+            f"start: the server goes on from {folder}, the clients from the seed; give each site --start"
+        )
+    if asked is None:
+        return task
+    if not folder:
+        raise RunError(
+            f"start: the clients go on from adapter {asked.digest[:12]}, the server from none; "
+            "give it the same files with start=FOLDER"
+        )
+    return replace(task, blueprint=hold_start(task.blueprint, folder))
 
 
 def name_faults(faults: tuple[Fault, ...] | list[Fault], most: int = 5) -> str:

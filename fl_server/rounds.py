@@ -19,7 +19,7 @@ from fl_server.attendance import Attendance
 from fl_server.broadcast import Broadcast
 from fl_server.checkpoint import load_newest, require_same, restore, save_checkpoint
 from fl_server.exchange import Exchange
-from fl_server.handshake import Task, describe, meet, name_faults
+from fl_server.handshake import Task, describe, meet, name_faults, with_start
 from fl_server.history import History, blank_record, summarise
 from fl_server.observer import LogObserver, Observer
 from fl_server.scoring import evaluate
@@ -58,10 +58,11 @@ def run_rounds(
             f"hello: {len(roster.clients)} clients can take part, quorum is {settings.quorum}: "
             f"{name_faults(roster.refused)}"
         )
-    task = describe(exchange, roster, settings.wait_seconds)
+    task = with_start(describe(exchange, roster, settings.wait_seconds), settings.start)
     _check_task(task, settings)
 
-    # Step 2: the state to go on from. Round 0 trains nothing: it evaluates the state that the seed gives.
+    # Step 2: the state to go on from. Round 0 trains nothing: it evaluates the state that the seed gives, or
+    # the adapter that the run goes on from.
     if settings.resume:
         state = _resume(task, settings, history)
     else:

@@ -71,6 +71,7 @@ class ServerSettings:
         logits_every: rounds from one in which clients train logits to the next; between them selections
             stay and cost nothing.
         logit_mean: in which space selections are averaged, "weights" or "logits".
+        start: folder of the adapter that the clients go on from; "" is none.
         wire: how states are rounded.
         step: what becomes of a round's mean.
     """
@@ -99,6 +100,7 @@ class ServerSettings:
     max_reply: int = 0
     logits_every: int = 1
     logit_mean: str = "weights"
+    start: str = ""
     wire: WireSettings = WIRES["default"]
     step: StepSettings = field(default_factory=StepSettings)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +45,8 @@ class Format(StrEnum):
     """File formats of an exported adapter."""
 
     peft = "peft"
+    lora = "lora"
+    merged = "merged"
 
 
 class Form(StrEnum):
@@ -104,7 +108,13 @@ def simulate(
 def export(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
-    format: Annotated[Format, typer.Option(help="peft: loads with PeftModel.from_pretrained.")] = Format.peft,
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="peft: loads with PeftModel.from_pretrained; lora: the same as plain LoRA, for servers too; "
+            "merged: a whole model, loads with from_pretrained."
+        ),
+    ] = Format.peft,
     form: Annotated[
         Form, typer.Option(help="VB-LoRA in PEFT: full logits (can train on), or topk (small, predicts).")
     ] = Form.full,
@@ -114,13 +124,60 @@ def export(
             metavar="INTEGER", help="Of this client, with the parts that it keeps for itself (--personal)."
         ),
     ] = None,
+    model: Annotated[
+        str, typer.Option(help="Base model, where it lies elsewhere than the run's config says.")
+    ] = "",
 ) -> None:
     """Write a run's adapter in a format that other tools load."""
     from simulations.export import export_run
 
-    saved = export_run(run, out, form=form.value, client=client)
+    saved = export_run(run, out, format=format.value, form=form.value, model=model, client=client)
     whose = "" if client is None else f" of client {client}"
     console.print(f"{saved.what}{whose} of round {saved.version} -> {out}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="To answer; else lines of --file.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="A text a line; else standard input.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Of a continuation, at most.")] = 64,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A JSON object a line, with the text and all of the answer.")
+    ] = False,
+    template: Annotated[
+        str, typer.Option(help="Prompts through the tokenizer's chat template: auto (as in the run), off.")
+    ] = "auto",
+    client: Annotated[
+        int | None,
+        typer.Option(metavar="INTEGER", help="As this client, with what it keeps for itself (--personal)."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Base model, where it lies elsewhere than the run's config says.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the base: auto, own (the files'), float32, bfloat16, float16.")
+    ] = "auto",
+) -> None:
+    """Answer texts from a trained run, a line each.
+
+    Classification prints a label and its probability, language modelling
+    what comes next. Examples:
+
+      fedvb predict runs/NAME "two hours that fly by"
+      fedvb predict runs/NAME < texts.txt > labels.tsv
+    """
+    from simulations.export import load_trained
+    from simulations.predict import Answerer, lines
+
+    found = load_trained(run, model, client)
+    off = "off" in (template, found.config["chat-template"])
+    answerer = Answerer(found, device, dtype, template=not off)
+    for answer in answerer.answer(lines(texts or [], file), new_tokens):
+        print(json.dumps(asdict(answer), ensure_ascii=False) if as_json else answer.line, flush=True)
 
 
 @app.command()

@@ -43,9 +43,8 @@ class EngineSettings:
 
 def default_config() -> Config:
     """Every key with its default, in the order of the rooms: the settings' own defaults."""
-    site = {
-        item.name: item.default for item in fields(SiteSettings) if item.name in ("model", "device", "dtype")
-    }
+    names = ("model", "device", "dtype", "quantize", "start")
+    site = {item.name: item.default for item in fields(SiteSettings) if item.name in names}
     flat: Config = {**site, "cohort": SiteSettings.cohort}  # type: ignore[dict-item]
     for kind in (
         DataSettings,

@@ -167,7 +167,13 @@ def trainer(
     eval_examples: Annotated[int, typer.Option(help="Held-out texts at most; 0 is all.")] = 0,
     max_length: Annotated[int, typer.Option(help="Tokens of a text at most, as in the run.")] = 128,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the base: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the base: auto, own (the files'), float32, bfloat16, float16.")
+    ] = "auto",
+    quantize: Annotated[str, typer.Option(help="Of the base: none, 4bit, 8bit; else as the run says.")] = "",
+    start: Annotated[
+        str, typer.Option(help="Adapter that the run goes on from: the same files as the server's.")
+    ] = "",
 ) -> None:
     """Keep model and data loaded at a site, and train when its SuperNode is asked to.
 

@@ -73,6 +73,7 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "target-modules": ("all-linear", "all-linear, or layer names such as query,value."),
         "alpha": (0.0, "Of lora and ffa-lora; 0 is twice the rank."),
         "theta-length": (None, "d, numbers that uni-lora trains; else by model size."),
+        "start": ("", "Go on from an adapter: a folder that PEFT saved (LoRA, VB-LoRA), or a finished run."),
     },
     "Training": {
         "local-steps": (10, "Steps of a client in a round."),
@@ -112,7 +113,8 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
     "Run": {
         "seed": (0, "Of everything drawn at random."),
         "device": ("auto", "auto, cpu, cuda, cuda:1, ..."),
-        "dtype": ("auto", "Of the base: auto, float32, bfloat16, float16."),
+        "dtype": ("auto", "Of the base: auto, own (the files'), float32, bfloat16, float16."),
+        "quantize": ("none", "Of the base's linear layers: none, 4bit (NF4), 8bit; needs bitsandbytes."),
         "cohort": (0, "Clients trained in one forward; 0 chooses."),
         "workers": (0, "Processes; 0 is one a GPU."),
     },

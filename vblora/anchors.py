@@ -13,13 +13,14 @@ __all__ = ["anchored"]
 Floats = NDArray[np.float32]
 
 
-def anchored(spec: VBLoRASpec, seeds: Floats, topk: TopK) -> Floats:
+def anchored(spec: VBLoRASpec, seeds: Floats, topk: TopK, *, keep: bool = False) -> Floats:
     """(S, k) logits of the chosen, from additions and maxima alone: the same bits everywhere.
 
     Args:
         spec: gives k, h and the margin.
         seeds: (S, W) seeded logits of the first W >= k + 1 places of each row (W = h where h is less).
         topk: the selection.
+        keep: a row that chooses as its seeds do keeps them, whatever the margin (`vblora.start`).
     """
     last = topk.positions[:, -1:]
     lowest = np.take_along_axis(seeds, np.minimum(last, seeds.shape[1] - 1), axis=1)
@@ -28,7 +29,13 @@ def anchored(spec: VBLoRASpec, seeds: Floats, topk: TopK) -> Floats:
         # A place beyond the first missing one has a lower seed: its own never decides, nor one cut to W - 1.
         lowest = np.maximum(lowest, np.take_along_axis(seeds, missing, axis=1) + np.float32(spec.margin))
     spans = np.concatenate([np.zeros((len(topk.gaps), 1), np.float32), topk.gaps], axis=1)
-    return _untied(lowest + (spans[:, -1:] - spans), topk.positions)
+    logits = _untied(lowest + (spans[:, -1:] - spans), topk.positions)
+    if keep:
+        first = seeds[:, : spec.topk]
+        as_seeded = (topk.positions == np.arange(spec.topk)).all(axis=1)
+        as_seeded &= (topk.gaps == first[:, :1] - first[:, 1:]).all(axis=1)
+        logits[as_seeded] = first[as_seeded]
+    return logits
 
 
 def _first_missing(positions: NDArray[np.int32]) -> NDArray[np.int64]:

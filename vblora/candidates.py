@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vblora import seeded
 from vblora.anchors import anchored
 from vblora.spec import VBLoRASpec
+from vblora.start import Order, SeededOrder
 from vblora.state import TopK
 
 __all__ = ["CHECK_EVERY", "Candidates", "Selection"]
@@ -58,20 +58,35 @@ class Tier:
 class Candidates:
     """Which logits are held, for all rows of one adapter.
 
+    Args:
+        spec: of the adapter.
+        rows: S.
+        device: of the logits.
+        width: places held of every row at first.
+        places: the order of each row; None is the seeded one.
+
     Attributes:
         width: W0, places held of every row.
         order: (N,) int16 or int32, the bank vector that each slot scores.
         reach: (S,) int64, places of a row from which on every logit of every client is a seeded one.
     """
 
-    def __init__(self, spec: VBLoRASpec, rows: int, device: torch.device, width: int = WIDTH) -> None:
+    def __init__(
+        self,
+        spec: VBLoRASpec,
+        rows: int,
+        device: torch.device,
+        width: int = WIDTH,
+        places: Order | None = None,
+    ) -> None:
         self.spec = spec
+        self._places = places or SeededOrder(spec.seed, spec.num_vectors, spec.init_std)
         self.rows = rows
         self._slack = spec.topk * (2 * CHECK_EVERY + 1)  # until the answer is read, one more for `start`
         self.width = min(spec.num_vectors, max(width, self._slack + spec.topk))
         everything = np.arange(rows)
         self.order = self._drawn_order(everything, slice(0, self.width)).to(device)
-        self._seeds = seeded.values(spec.seed, everything, spec.num_vectors, self.width, spec.init_std)
+        self._seeds = self._places.logits(everything, self.width)
         self._tiers: list[Tier] = []
         self._firsts = torch.arange(0, rows * self.width, self.width, device=device).view(1, -1, 1)
         self.reach = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -95,7 +110,8 @@ class Candidates:
         self._short.forget()
         for flat, topk in zip(logits, selections, strict=True):
             slots = self._slots_of(torch.from_numpy(topk.positions.astype(np.int64)).to(device))
-            flat[slots] = torch.from_numpy(anchored(self.spec, self._seeds, topk)).to(device)
+            chosen = anchored(self.spec, self._seeds, topk, keep=self._places.exact)
+            flat[slots] = torch.from_numpy(chosen).to(device)
         return logits
 
     def select(self, logits: Tensor) -> Selection:
@@ -163,12 +179,12 @@ class Candidates:
         self._tiers.append(Tier(rows, torch.cat([held, fresh], dim=1)))
         names = rows.cpu().numpy()
         self.order = torch.cat([self.order, self._drawn_order(names, slice(width, wider)).to(device)])
-        seeds = seeded.values(spec.seed, names, spec.num_vectors, wider, spec.init_std)[:, width:]
+        seeds = self._places.logits(names, wider)[:, width:]
         return torch.from_numpy(seeds.copy()).flatten().to(device)
 
     def _drawn_order(self, rows: NDArray[np.int64], places: slice) -> Tensor:
         """Bank vectors at `places` of `rows`, flat, in as few bytes as h allows."""
-        drawn = seeded.order(self.spec.seed, rows, self.spec.num_vectors, places.stop)[:, places]
+        drawn = self._places.vectors(rows, places.stop)[:, places]
         kind = np.int16 if self.spec.num_vectors <= 1 << 15 else np.int32
         return torch.from_numpy(drawn.astype(kind)).flatten()
 

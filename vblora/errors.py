@@ -7,6 +7,7 @@ FedVBError                 anything below; the command line prints it as one lin
 ├── WireError              bytes that do not decode to what they claim to be
 │   └── UnknownStateError  they build on a state that is not held here
 ├── UpdateError            a decoded update that must not be aggregated
+├── StartError             an adapter of a file that a run cannot go on from
 ├── RunError               a run directory, or a round, that cannot go on
 └── ExportError            an adapter that the asked format cannot express
 """
@@ -22,6 +23,7 @@ __all__ = [
     "FedVBError",
     "ModelError",
     "RunError",
+    "StartError",
     "UnknownStateError",
     "UpdateError",
     "WireError",
@@ -55,6 +57,10 @@ class UnknownStateError(WireError):
 
 class UpdateError(FedVBError):
     """A well-formed update that must not be aggregated: wrong reference, shape, or a NaN."""
+
+
+class StartError(FedVBError):
+    """An adapter of a file that is missing, damaged, of an unknown kind, or does not fit base or settings."""
 
 
 class RunError(FedVBError):

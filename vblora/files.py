@@ -12,16 +12,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save
 
-from vblora.errors import ModelError, RunError
+from vblora.errors import ModelError, RunError, StartError
 from vblora.spec import Blueprint
 from vblora.state import State, TopK, content_faults
 
-__all__ = ["load_state", "safetensors_bytes", "save_state", "write_atomic"]
+__all__ = ["load_state", "read_tensors", "safetensors_bytes", "save_state", "write_atomic"]
 
 FORMAT = "fedvb-state-1"
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"} | {
+    f"{letter}{bits}": f"<{letter.lower()}{bits // 8}" for letter in "IU" for bits in (8, 16, 32, 64)
+}
 LENGTH = struct.Struct("<Q")  # of a safetensors header, in front of it
 
 
@@ -76,6 +79,29 @@ def safetensors_bytes(tensors: Mapping[str, NDArray[Any]], metadata: dict[str, s
     encoded = header.encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8
     return LENGTH.pack(len(encoded)) + encoded + content[start:]
+
+
+def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """All tensors of a safetensors file by name; 16-bit floats, bfloat16 too, come as float32.
+
+    Raises:
+        StartError: the file is missing, damaged, or holds other numbers.
+    """
+    tensors: dict[str, NDArray[Any]] = {}
+    try:
+        found = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+    except (OSError, SafetensorError) as error:
+        raise StartError(f"{path}: not a readable safetensors file ({error})") from error
+    for name, entry in found:
+        if entry["dtype"] not in DTYPES:
+            raise StartError(f"{path}: {name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+        array = np.frombuffer(entry["data"], DTYPES[entry["dtype"]])
+        if entry["dtype"] == "BF16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        elif array.dtype.kind == "f":
+            array = array.astype(np.float32)
+        tensors[name] = array.reshape(entry["shape"])
+    return tensors
 
 
 def load_state(path: Path) -> tuple[State, Blueprint]:

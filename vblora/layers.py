@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vblora.errors import ModelError
 from vblora.factors import Factors
 from vblora.lowrank import adapted
 from vblora.recompute import maker
@@ -80,7 +81,17 @@ class SharedInput:
         self.factors, self._input, self._ahead = factors, None, []
 
     def output(self, place: int, x: Tensor) -> Tensor:
-        """The output (C * n, ..., out) of one layer."""
+        """The output (C * n, ..., out) of one layer.
+
+        Raises:
+            ModelError: x is no batch of all clients, but of something that they share.
+        """
+        assert self.factors is not None
+        if x.shape[0] % (clients := len(self.factors[0])):
+            raise ModelError(
+                f"a layer of {x.shape[-1]} inputs is given {x.shape[0]} rows for {clients} clients, as some "
+                "of DeBERTa are for positions: clients cannot share a forward of this model; use --cohort 1"
+            )
         if not self._together:
             return self._alone(place, x)
         if place == 0:

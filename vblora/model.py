@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -16,9 +17,9 @@ from vblora.rows import stack
 from vblora.sources import row_source
 from vblora.spec import Blueprint, HeadTensor, Linear
 from vblora.state import State
-from vblora.weights import dense_weight
+from vblora.weights import dense_weight, keep_unpacked
 
-__all__ = ["AdaptedModel", "describe_base", "find_head", "find_linears"]
+__all__ = ["AdaptedModel", "describe_base", "find_head", "find_linears", "fits_base"]
 
 ALL_LINEAR = "all-linear"
 
@@ -43,25 +44,30 @@ def find_linears(base: nn.Module, targets: str = ALL_LINEAR) -> tuple[Linear, ..
             by commas; a name fits a layer that is called so or ends in it after a dot, as in PEFT.
 
     Raises:
-        ModelError: a name fits no linear layer.
+        ModelError: a name fits no linear layer, or all are asked for where some belong to experts.
     """
+    experts = _experts(base)
     excluded = {id(module) for module in _head_modules(base).values()}
     if callable(getattr(base, "get_output_embeddings", None)):
         excluded.add(id(base.get_output_embeddings()))  # type: ignore[operator]
     found = [
         (name, sides)
         for name, module in base.named_modules()
-        if (sides := _sides(module)) and id(module) not in excluded
+        if (sides := _sides(module)) and id(module) not in excluded and not _inside(name, experts)
     ]
+    known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in found}))
+    if targets == ALL_LINEAR and experts:
+        name, kind = next(iter(experts.items()))
+        raise ModelError(
+            f"--target-modules all-linear: {name} ({kind}) holds the weights of several experts, each of "
+            f"which sees tokens of its own; these cannot be adapted: name others, of {known}"
+        )
     if targets == ALL_LINEAR:
         return tuple(Linear(name, *sides) for name, sides in found)
     wanted = [target.strip() for target in targets.split(",") if target.strip()]
     for target in wanted:
         if not any(_fits(name, target) for name, _ in found):
-            known = sorted({name.rsplit(".", 1)[-1] for name, _ in found})
-            raise ModelError(
-                f"--target-modules: {target!r} fits no linear layer; the base has {', '.join(known)}"
-            )
+            raise ModelError(f"--target-modules: {target!r} fits no linear layer; the base has {known}")
     return tuple(
         Linear(name, *sides) for name, sides in found if any(_fits(name, target) for target in wanted)
     )
@@ -119,8 +125,8 @@ class AdaptedModel:
     """
 
     def __init__(self, base: nn.Module, blueprint: Blueprint, *, recompute: bool = False) -> None:
-        if faults := list(_misfits(base, blueprint)):
-            raise ModelError("base model does not fit the adapter: " + "; ".join(faults))
+        fits_base(base, blueprint)
+        keep_unpacked(base)
         self.base = base.eval().requires_grad_(False)
         config: Any = getattr(base, "config", None)
         if getattr(config, "use_cache", False):
@@ -184,14 +190,28 @@ class AdaptedModel:
             self._heads[layer].tensors = values["weight"], values.get("bias")
 
 
+def fits_base(base: nn.Module, blueprint: Blueprint) -> None:
+    """See that a base has the layers that a blueprint names.
+
+    Raises:
+        ModelError: it lacks some, or has them in another size, or by a second name too.
+    """
+    if faults := list(_misfits(base, blueprint)):
+        raise ModelError("base model does not fit the adapter: " + "; ".join(faults))
+
+
 def _misfits(base: nn.Module, blueprint: Blueprint) -> Iterator[str]:
     """What the blueprint names and the base has not, layer by layer."""
-    modules = dict(base.named_modules())
+    modules = dict(base.named_modules(remove_duplicate=False))
+    names = Counter(id(module) for module in modules.values())
     for linear in blueprint.linears:
         found = _sides(modules[linear.name]) if linear.name in modules else None
         if found != (linear.in_features, linear.out_features):
             what = f"{found[0]} to {found[1]}" if found else "no linear layer"
             yield f"{linear.name} is {what}, expected {linear.in_features} to {linear.out_features}"
+        elif names[id(module := modules[linear.name])] > 1:
+            tied = next(name for name, other in modules.items() if other is module and name != linear.name)
+            yield f"{linear.name} is tied: {tied} is the same layer; leave it out of --target-modules"
     parameters = dict(base.named_parameters())
     for tensor in blueprint.head:
         shape = tuple(parameters[tensor.name].shape) if tensor.name in parameters else None
@@ -229,6 +249,21 @@ def _sides(module: nn.Module) -> tuple[int, int] | None:
         rows, columns = module.weight.shape  # type: ignore[misc]
         return int(rows), int(columns)
     return None
+
+
+def _experts(base: nn.Module) -> dict[str, str]:
+    """Modules that hold the weights of experts, fused on a third axis or one by one, and their class."""
+    found = {}
+    for name, module in base.named_modules():
+        axes = [parameter.dim() for parameter in module.parameters(recurse=False) if len(parameter) > 1]
+        fused = 3 in axes and not isinstance(module, nn.modules.conv._ConvNd)
+        if fused or name.rpartition(".")[2] == "experts":
+            found[name] = type(module).__name__
+    return found
+
+
+def _inside(name: str, outer: Iterable[str]) -> bool:
+    return any(name.startswith(module + ".") for module in outer)
 
 
 def _fits(name: str, target: str) -> bool:

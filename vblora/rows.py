@@ -19,6 +19,7 @@ from torch.nn import functional
 from vblora.candidates import WIDTH, Candidates
 from vblora.errors import ModelError
 from vblora.spec import Blueprint, VBLoRASpec
+from vblora.start import order_of
 from vblora.state import State, TopK
 
 __all__ = ["MixedRows", "RowSource", "mix", "stack"]
@@ -60,7 +61,7 @@ class MixedRows:
     def __init__(self, blueprint: Blueprint, device: torch.device, width: int = WIDTH) -> None:
         if not isinstance(blueprint.spec, VBLoRASpec):
             raise ModelError(f"adapter {blueprint.spec.kind} has no bank to mix rows from")
-        self._candidates = Candidates(blueprint.spec, blueprint.rows, device, width)
+        self._candidates = Candidates(blueprint.spec, blueprint.rows, device, width, order_of(blueprint))
         self._device = device
         self._starts: list[tuple[TopK, Floats]] = []
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from vblora import seeded
 from vblora.rows import MixedRows, RowSource, Tensors, mix, stack
 from vblora.spec import BankOnlySpec, Blueprint, FFALoRASpec, LoRASpec, LoRAXSSpec, UniLoRASpec, VBLoRASpec
-from vblora.state import State, TopK, lora_rows
+from vblora.start import order_of
+from vblora.state import State, TopK, lora_rows, theta_places
 
 __all__ = ["DenseRows", "row_source", "singular_factors"]
 
@@ -66,7 +67,7 @@ def row_source(blueprint: Blueprint, device: torch.device, weights: Weights) -> 
         case VBLoRASpec():
             return MixedRows(blueprint, device)
         case BankOnlySpec():
-            compose = _fixed_mixtures(spec, blueprint.rows, device)
+            compose = _fixed_mixtures(spec, blueprint, device)
         case LoRASpec():
             compose = _free
         case FFALoRASpec():
@@ -86,8 +87,7 @@ def _free(tensors: Mapping[str, Tensor]) -> Tensor:
 def _frozen_a(blueprint: Blueprint, device: torch.device) -> Compose:
     """FFA-LoRA: `rows` (C, S_B, b) are B's, between the rows of A that the seed gave."""
     frozen = torch.from_numpy(lora_rows(blueprint)).to(device)
-    of_b = np.concatenate([np.arange(part.middle, part.stop) for part in blueprint.slices])
-    places = torch.from_numpy(of_b).to(device)
+    places = torch.tensor(blueprint.b_rows, device=device)
 
     def compose(tensors: Mapping[str, Tensor]) -> Tensor:
         rows = tensors["rows"]
@@ -96,12 +96,11 @@ def _frozen_a(blueprint: Blueprint, device: torch.device) -> Compose:
     return compose
 
 
-def _fixed_mixtures(spec: BankOnlySpec, rows: int, device: torch.device) -> Compose:
-    """Bank-only: `bank` (C, h, b), mixed by the k logits of each row that the seed puts first."""
-    everything, k = np.arange(rows), spec.topk
-    order = seeded.order(spec.seed, everything, spec.num_vectors, k)
-    logits = seeded.values(spec.seed, everything, spec.num_vectors, k, spec.init_std)
-    vectors, chosen = torch.from_numpy(order).flatten().to(device), torch.from_numpy(logits).to(device)
+def _fixed_mixtures(spec: BankOnlySpec, blueprint: Blueprint, device: torch.device) -> Compose:
+    """Bank-only: `bank` (C, h, b), mixed by the k logits of each row that come first at version 0."""
+    rows, k, order = blueprint.rows, spec.topk, order_of(blueprint)
+    vectors = torch.from_numpy(order.vectors(np.arange(rows), k)).flatten().to(device)
+    chosen = torch.from_numpy(order.logits(np.arange(rows), k)).to(device)
     slots = torch.arange(rows * k, device=device).view(1, rows, k)
 
     def compose(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -115,15 +114,12 @@ def _fixed_mixtures(spec: BankOnlySpec, rows: int, device: torch.device) -> Comp
 
 def _shared_entries(spec: UniLoRASpec, blueprint: Blueprint, device: torch.device) -> Compose:
     """Uni-LoRA: every entry reads `theta` (C, d) at its place, over the root of how many read there."""
-    length = blueprint.vector_length
-    drawn = seeded.integers(spec.seed, "places", blueprint.rows * length, spec.theta_length)
-    readers = np.bincount(drawn, minlength=spec.theta_length)
-    scales = torch.from_numpy(np.maximum(readers, 1) ** -0.5).to(device)
-    places = torch.from_numpy(drawn).to(device)
+    drawn, of_place = theta_places(spec, blueprint)
+    places, scales = torch.from_numpy(drawn).to(device), torch.from_numpy(of_place).to(device)
 
     def compose(tensors: Mapping[str, Tensor]) -> Tensor:
         theta = tensors["theta"]
-        return (theta * scales.to(theta.dtype))[:, places].view(len(theta), -1, length)
+        return (theta * scales.to(theta.dtype))[:, places]
 
     return compose
 
@@ -139,7 +135,7 @@ def _cored(spec: LoRAXSSpec, blueprint: Blueprint, device: torch.device, weights
         count = len(pieces[-1])
         owners.append(np.full(count, number))
         places.append(part.start + np.arange(r * count).reshape(r, count).T.ravel())
-    places += [np.arange(part.middle, part.stop) for part in blueprint.slices]
+    places.append(np.array(blueprint.b_rows))
     of_a, of_b = torch.cat(pieces).to(device), torch.cat(rest).to(device)
     owner = torch.from_numpy(np.concatenate(owners)).to(device)
     order = torch.from_numpy(np.argsort(np.concatenate(places))).to(device)

@@ -27,6 +27,7 @@ from vblora.adapters import (
     VBLoRASpec,
 )
 from vblora.errors import ConfigError, ModelError
+from vblora.start import Start
 
 __all__ = [
     "ADAPTERS",
@@ -102,6 +103,7 @@ class Blueprint:
         head: trained tensors of the task head, in the order of the flat section "head"; empty without one.
         model: architecture of the base, as `model_type` and sizes; not its name, which differs between sites.
         labels: label names by class index; empty for language modelling.
+        start: the adapter of a file that version 0 is, in place of what the seed draws.
     """
 
     spec: AdapterSpec
@@ -109,6 +111,7 @@ class Blueprint:
     head: tuple[HeadTensor, ...] = ()
     model: str = ""
     labels: tuple[str, ...] = ()
+    start: Start | None = None
 
     def __post_init__(self) -> None:
         if not self.linears:
@@ -161,6 +164,11 @@ class Blueprint:
         spec = self.spec
         return (self.rows, spec.topk, spec.num_vectors) if isinstance(spec, VBLoRASpec) else None
 
+    @cached_property
+    def b_rows(self) -> list[int]:
+        """Numbers of the rows that are B's, in their order."""
+        return [row for part in self.slices for row in range(part.middle, part.stop)]
+
     @property
     def cut_rows(self) -> int:
         """Rows whose tail lies outside the factor because b does not divide the side."""
@@ -194,18 +202,20 @@ class Blueprint:
         spec = {"kind": self.spec.kind, **numbers}
         linears = [[lin.name, lin.in_features, lin.out_features] for lin in self.linears]
         head = [[tensor.name, list(tensor.shape)] for tensor in self.head]
-        body = {
+        body: dict[str, Any] = {
             "spec": spec,
             "linears": linears,
             "head": head,
             "model": self.model,
             "labels": list(self.labels),
         }
+        if self.start is not None:
+            body["start"] = self.start.digest
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Blueprint:
-        """Read `to_json`'s text.
+        """Read `to_json`'s text. Of a start only the name is known then.
 
         Raises:
             ModelError: the text is not a blueprint.
@@ -221,6 +231,7 @@ class Blueprint:
                 head=tuple(HeadTensor(str(n), tuple(int(d) for d in shape)) for n, shape in body["head"]),
                 model=str(body["model"]),
                 labels=tuple(str(label) for label in body["labels"]),
+                start=Start(bytes.fromhex(body["start"]).hex()) if "start" in body else None,
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError, ConfigError) as error:
             raise ModelError(f"blueprint: not readable ({type(error).__name__}: {error})") from error

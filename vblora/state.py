@@ -21,6 +21,7 @@ from vblora.spec import (
     UniLoRASpec,
     VBLoRASpec,
 )
+from vblora.start import order_of
 
 __all__ = [
     "State",
@@ -31,6 +32,7 @@ __all__ = [
     "initial_state",
     "lora_rows",
     "mixture_weights",
+    "theta_places",
 ]
 
 Floats = NDArray[np.float32]
@@ -103,13 +105,26 @@ class Update:
 
 
 def initial_state(blueprint: Blueprint) -> State:
-    """Version 0, drawn from the seed alone. The server and every client call this instead of sending it."""
-    spec = blueprint.spec
-    topk = _initial_topk(spec, blueprint.rows) if isinstance(spec, VBLoRASpec) else None
-    dense = _initial_adapter(blueprint)
-    if blueprint.head_size:
+    """Version 0, drawn from the seed alone, or held as `blueprint.start`.
+
+    The server and every client call this instead of sending it.
+
+    Raises:
+        ModelError: it goes on from an adapter that is not held here.
+    """
+    found = blueprint.start.held if blueprint.start is not None else None
+    dense = _initial_adapter(blueprint) if found is None else dict(found.dense)
+    if blueprint.head_size and "head" not in dense:
         dense["head"] = _initial_head(blueprint)
-    return State(0, dense, topk)
+    if not isinstance(blueprint.spec, VBLoRASpec):
+        return State(0, dense)
+    rows, k = np.arange(blueprint.rows), blueprint.spec.topk
+    if found is None or found.gaps is None:
+        logits = order_of(blueprint).logits(rows, k)
+        gaps = logits[:, :1] - logits[:, 1:]
+    else:
+        gaps = found.gaps
+    return State(0, dense, TopK(np.tile(np.arange(k, dtype=np.int32), (len(rows), 1)), gaps))
 
 
 def mixture_weights(gaps: Floats) -> NDArray[np.float64]:
@@ -173,12 +188,6 @@ def _topk_faults(topk: TopK, shape: tuple[int, int, int]) -> Iterator[str]:
         yield "gaps are not rising from 0"
 
 
-def _initial_topk(spec: VBLoRASpec, rows: int) -> TopK:
-    positions = np.tile(np.arange(spec.topk, dtype=np.int32), (rows, 1))
-    logits = seeded.values(spec.seed, np.arange(rows), spec.num_vectors, spec.topk, spec.init_std)
-    return TopK(positions, logits[:, :1] - logits[:, 1:])
-
-
 def lora_rows(blueprint: Blueprint) -> Floats:
     """(S, b) rows of LoRA at its start: A uniform with bound 1/sqrt(in), B zero."""
     length = blueprint.vector_length
@@ -188,6 +197,19 @@ def lora_rows(blueprint: Blueprint) -> Floats:
         drawn = seeded.uniform(blueprint.spec.seed, "rows", part.start * length, count, bound)
         rows[part.start : part.middle] = drawn.reshape(-1, length)
     return rows
+
+
+def theta_places(spec: UniLoRASpec, blueprint: Blueprint) -> tuple[NDArray[np.int32], Floats]:
+    """Uni-LoRA's map, drawn from the seed: which place of theta each entry of the rows reads, and the scales.
+
+    Returns:
+        Places (S, b) in 0 to d - 1, and 1 / sqrt(entries that read it) of each place, (d,).
+    """
+    entries = blueprint.rows * blueprint.vector_length
+    places = seeded.integers(spec.seed, "places", entries, spec.theta_length)
+    readers = np.bincount(places, minlength=spec.theta_length)
+    scales = (np.maximum(readers, 1) ** -0.5).astype(np.float32)
+    return places.reshape(blueprint.rows, -1), scales
 
 
 def _initial_adapter(blueprint: Blueprint) -> dict[str, Floats]:

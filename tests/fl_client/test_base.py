@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from fl_client.base import find_device, find_model, load_base
 from tests.vblora.tiny import LABELS, VOCABULARY, make_base
@@ -133,7 +133,7 @@ def test_the_dtype_is_float32_on_a_cpu_unless_asked_for(tmp_path, stored, asked,
 
 @pytest.mark.parametrize("dtype", ["int8", "float", "nonsense", "Tensor"])
 def test_an_unknown_dtype_is_refused(llama, dtype):
-    with pytest.raises(ConfigError, match=f"^--dtype: '{dtype}' is unknown; expected auto, float32, "):
+    with pytest.raises(ConfigError, match=f"^--dtype: '{dtype}' is unknown; expected auto, own, float32, "):
         load_base(str(llama), (), CPU, dtype=dtype)
 
 
@@ -188,3 +188,26 @@ def test_a_hub_model_that_is_not_here_is_one_clear_line():
     with pytest.raises(ModelError, match=r"^--model: nobody/nothing cannot be loaded \(offline") as caught:
         load_base("nobody/nothing", (), CPU)
     assert "\n" not in str(caught.value)
+
+
+def test_an_encoder_decoder_is_refused_by_name(tmp_path):
+    config = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=VOCABULARY)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<pad>").save_pretrained(
+        tmp_path
+    )
+    for labels in ((), LABELS):
+        with pytest.raises(
+            ModelError, match=r"is an encoder-decoder \(t5\), which no task here trains; use a dec"
+        ):
+            load_base(str(tmp_path), labels, CPU)
+
+
+def test_weights_keep_the_dtype_of_their_files_where_it_is_asked_for(llama, tmp_path):
+    model = load_base(str(llama), (), CPU).model
+    model.bfloat16().save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(llama).save_pretrained(tmp_path)
+    for dtype, expected in (("own", torch.bfloat16), ("auto", torch.float32), ("float16", torch.float16)):
+        found = load_base(str(tmp_path), (), CPU, dtype=dtype).model
+        assert {parameter.dtype for parameter in found.parameters()} == {expected}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from fl_client.settings import SiteSettings
 from simulations.config import load_config
 from simulations.simulate import simulate
 from tests.simulations.conftest import Run, small_config
+from vblora.adapters import ADAPTERS
 from vblora.files import load_state
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[peft]'")
@@ -22,14 +24,22 @@ peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e
 TEXTS = ["the team was in a race", "some bread and cheese with soup", "one bright comet then the moon"]
 
 
-@pytest.fixture(scope="module", params=["vblora", "lora"])
+@pytest.fixture(scope="module", params=ADAPTERS)
 def trained(
     request: pytest.FixtureRequest, tiny_bert: Path, topics: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A run that has moved far enough from its seed for differences to show."""
     out = tmp_path_factory.mktemp("runs") / request.param
-    rates = {"lr-bank": 0.05, "lr-logits": 0.05, "lr-rows": 0.02}
+    rates = {"lr-bank": 0.05, "lr-logits": 0.05, "lr-rows": 0.02, "rank": 4}
     simulate(small_config(tiny_bert, topics, out, adapter=request.param, local_steps=20) | rates)
+    return out
+
+
+@pytest.fixture(scope="module")
+def cut(tiny_bert: Path, topics: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose rows are cut, because b does not divide the sides."""
+    out = tmp_path_factory.mktemp("runs") / "cut"
+    simulate(small_config(tiny_bert, topics, out, vector_length=24, local_steps=20) | {"lr-bank": 0.05})
     return out
 
 
@@ -67,16 +77,37 @@ def tokenised(folder: Path, texts: list[str]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("form", ["full", "topk"])
 def test_peft_predicts_the_same(fedvb: Run, trained: Path, tiny_bert: Path, tmp_path: Path, form: str):
     shown = fedvb("export", trained, "--format", "peft", "--form", form, "--out", "adapter")
+    if trained.name == "lora-xs":
+        assert shown.err == "fedvb: format peft: PEFT has no LoRA-XS; use --format lora\n"
+        return
     assert (shown.code, shown.err) == (0, "")
     assert "of round 3 -> adapter" in shown.out
-    tokens = tokenised(tiny_bert, TEXTS)
-    found, expected = theirs(encoder(tiny_bert, 3), tmp_path / "adapter", tokens), ours(trained, tokens)
+    check_adapter(tmp_path / "adapter", trained, tiny_bert)
+
+
+def test_as_lora_peft_predicts_the_same(fedvb: Run, trained: Path, tiny_bert: Path, tmp_path: Path):
+    shown = fedvb("export", trained, "--format", "lora", "--out", "adapter")
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.out == f"{trained.name} adapter (as LoRA) of round 3 -> adapter\n"
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    check_adapter(tmp_path / "adapter", trained, tiny_bert)
+
+
+def test_as_lora_cut_rows_can_be_told(fedvb: Run, cut: Path, tiny_bert: Path, tmp_path: Path):
+    assert fedvb("export", cut, "--format", "lora", "--out", "adapter").code == 0
+    check_adapter(tmp_path / "adapter", cut, tiny_bert)
+
+
+def check_adapter(folder: Path, run: Path, base: Path) -> None:
+    """An export says in PEFT what the run says, and not because the head alone does."""
+    tokens = tokenised(base, TEXTS)
+    found, expected = theirs(encoder(base, 3), folder, tokens), ours(run, tokens)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    plain = encoder(tiny_bert, 3).eval()
+    plain = encoder(base, 3).eval()
     plain.classifier.load_state_dict(
         {
-            "weight": torch.from_numpy(head(tmp_path / "adapter", "classifier.weight")),
-            "bias": torch.from_numpy(head(tmp_path / "adapter", "classifier.bias")),
+            "weight": torch.from_numpy(head(folder, "classifier.weight")),
+            "bias": torch.from_numpy(head(folder, "classifier.bias")),
         }
     )
     with torch.no_grad():
@@ -87,6 +118,63 @@ def test_peft_predicts_the_same(fedvb: Run, trained: Path, tiny_bert: Path, tmp_
 def head(folder: Path, name: str) -> np.ndarray:
     found = load_file(folder / "adapter_model.safetensors")
     return next(array for key, array in found.items() if key.endswith(name))
+
+
+def test_a_merged_model_needs_nothing_else(fedvb: Run, trained: Path, tiny_bert: Path, tmp_path: Path):
+    shown = fedvb("export", trained, "--format", "merged", "--out", "model")
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.out == f"{trained.name} adapter, merged into {tiny_bert}, of round 3 -> model\n"
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    tokens = tokenised(tmp_path / "model", TEXTS)
+    with torch.no_grad():
+        found = model(**tokens).logits
+    torch.testing.assert_close(found, ours(trained, tokenised(tiny_bert, TEXTS)), rtol=0, atol=1e-5)
+    assert model.config.id2label == {0: "food", 1: "space", 2: "sport"}
+    assert model.config.label2id == {"food": 0, "space": 1, "sport": 2}
+    assert model.config.fedvb["format"] == "fedvb-merged-1"
+    assert model.config.fedvb["round"] == 3
+    assert not list(tmp_path.glob(".model*"))
+
+
+def test_merged_with_cut_rows(fedvb: Run, cut: Path, tiny_bert: Path, tmp_path: Path):
+    assert fedvb("export", cut, "--format", "merged", "--out", "model").code == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    tokens = tokenised(tiny_bert, TEXTS)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**tokens).logits, ours(cut, tokens), rtol=0, atol=1e-5)
+
+
+def test_a_base_of_four_bits(fedvb: Run, small: list[str], tiny_bert: Path, tmp_path: Path):
+    """Trained on it, merged through the dense weights that the bits mean."""
+    pytest.importorskip("bitsandbytes", reason="not installed: pip install -e '.[quantize]'")
+    shown = fedvb("simulate", *small, "--quantize", "4bit", "--lr-bank", "0.05", "--out", "run")
+    assert (shown.code, shown.err) == (0, "")
+    shown = fedvb("export", "run", "--format", "merged", "--out", "model")
+    assert (shown.code, shown.err) == (0, "")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    tokens = tokenised(tiny_bert, TEXTS)
+    with torch.no_grad():
+        found = model(**tokens).logits
+    torch.testing.assert_close(found, ours(tmp_path / "run", tokens), rtol=0, atol=1e-4)
+    told = fedvb("simulate", *small, "--quantize", "2bit", "--out", "other")
+    assert "quantize is '2bit', expected one of none, 4bit, 8bit" in told.err
+
+
+def test_a_folder_with_something_in_it_is_left_alone(fedvb: Run, finished: Path, tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").write_text("x")
+    told = fedvb("export", finished, "--format", "merged", "--out", "model")
+    assert told.code == 2
+    assert told.err == "fedvb: --out: model is not empty, expected a folder that is new or empty\n"
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "mine"]
+
+
+def test_another_base_is_refused(fedvb: Run, finished: Path, minilm: Path, tmp_path: Path):
+    told = fedvb("export", finished, "--format", "merged", "--model", minilm, "--out", "model")
+    assert (told.code, told.err.count("\n")) == (2, 1)
+    assert "is bert-384-6-30522, expected bert-32-2-" in told.err
+    assert "name that base with --model" in told.err
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_topk_form_is_small(fedvb: Run, finished: Path, tmp_path: Path):
@@ -114,6 +202,10 @@ def test_causal_lm_in_peft(fedvb: Run, assets: Path, tmp_path: Path):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         found = theirs(model, tmp_path / form, tokens)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # logits of 10 and more
+    assert fedvb("export", "run", "--format", "merged", "--out", "merged").code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**tokens).logits, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_cut_rows_are_refused(fedvb: Run, small: list[str], tmp_path: Path):

@@ -1,0 +1,70 @@
+"""Bases in 4 or 8 bits a weight, through bitsandbytes: how to load them, and to have them dense again."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from vblora.errors import ConfigError
+from vblora.model import find_head
+from vblora.weights import keep_unpacked
+
+__all__ = ["dequantized", "is_quantized", "loading_options"]
+
+
+def loading_options(
+    quantize: str, skeleton: nn.Module, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Arguments for `from_pretrained`; none where nothing is to be quantised.
+
+    Linear layers of the trunk are quantised: to NF4 with quantised constants (QLoRA, arXiv 2305.14314), or to
+    8 bits by vectors (arXiv 2208.07339). The task head and the output embedding stay as they are.
+
+    Args:
+        quantize: none, 4bit or 8bit.
+        skeleton: the model without weights, on the meta device.
+        device: to load to.
+        dtype: of everything that stays, and of products with 4-bit weights.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    if quantize == "none":
+        return {}
+    for package in ("bitsandbytes", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"--quantize {quantize}: {package} is not installed; run pip install 'fed-vblora[quantize]'"
+            )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of casts, layer by layer
+    kept = {tensor.name.rpartition(".")[0] for tensor in find_head(skeleton)}
+    output = skeleton.get_output_embeddings()  # type: ignore[operator]
+    kept |= {name for name, module in skeleton.named_modules() if module is output}
+    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=quantize == "4bit",
+        load_in_8bit=quantize == "8bit",
+        llm_int8_skip_modules=sorted(kept),
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}, "dtype": dtype}
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a model was loaded in few bits, by us or because its files are so."""
+    return getattr(model, "hf_quantizer", None) is not None
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """The model with dense layers, of the values that its few bits stand for."""
+    if not is_quantized(model):
+        return model
+    keep_unpacked(model)
+    dense: nn.Module = model.dequantize(dtype=next(model.parameters()).dtype)  # type: ignore[operator]
+    return dense
