@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from vblora.errors import ConfigError
+from vblora.errors import ConfigError, ModelError
 from vblora.model import find_head
 from vblora.weights import keep_unpacked
 
@@ -62,9 +62,18 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def dequantized(model: nn.Module) -> nn.Module:
-    """The model with dense layers, of the values that its few bits stand for."""
+    """The model with dense layers, of the values that its few bits stand for.
+
+    Raises:
+        ModelError: its weights are of a kind that transformers cannot turn back.
+    """
     if not is_quantized(model):
         return model
     keep_unpacked(model)
-    dense: nn.Module = model.dequantize(dtype=next(model.parameters()).dtype)  # type: ignore[operator]
+    try:
+        dense: nn.Module = model.dequantize(dtype=next(model.parameters()).dtype)  # type: ignore[operator]
+    except (NotImplementedError, ValueError) as error:
+        raise ModelError(
+            f"base: its weights are quantised and cannot be had dense ({error}); use --format peft or lora"
+        ) from error
     return dense

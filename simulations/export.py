@@ -132,8 +132,14 @@ def _export_merged(found: Trained, out: Path) -> None:
 
 def _load(found: Trained) -> Base:
     """The base as the adapter was trained on it, with dense layers."""
-    cpu, quantize = torch.device("cpu"), str(found.config["quantize"])
-    loaded = load_base(found.model, found.blueprint.labels, cpu, dtype="own", quantize=quantize)
+    loaded = load_base(
+        found.model,
+        found.blueprint.labels,
+        torch.device("cpu"),
+        dtype="own",
+        quantize=str(found.config["quantize"]),
+        seed=int(found.config["seed"]),
+    )
     require_same_base(loaded.model, found)
     with quiet():
         return replace(loaded, model=dequantized(loaded.model))

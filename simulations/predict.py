@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from fl_client.assembly import task_of
 from fl_client.base import Base, find_device, load_base, longest_text
-from fl_client.batches import Examples, by_length, collate
+from fl_client.batches import by_length, collate
+from fl_client.generating import generate
 from fl_client.tables import Table
 from fl_client.tasks import UNCUT
 from simulations.export import Trained, require_same_base
@@ -80,8 +80,7 @@ class Answerer:
         if not template:
             self.base.tokenizer.chat_template = None
         self._most = int(config["max-length"])
-        self._model = AdaptedModel(self.base.model, blueprint)
-        self._model.bind(self._model.load(found.state))
+        self._model, self._state = AdaptedModel(self.base.model, blueprint), found.state
 
     @torch.no_grad()
     def answer(self, texts: Iterable[str], new_tokens: int = 64) -> Iterator[Answer]:
@@ -100,6 +99,7 @@ class Answerer:
         examples = self.task.encode(self.base.tokenizer, table, self._most)
         found: dict[int, tuple[float, int]] = {}
         device = self._model.device
+        self._model.bind(self._model.load(self._state))
         for rows in by_length(examples, CPU_TOKENS if device.type == "cpu" else GPU_TOKENS):
             batch = collate([(examples, rows)], self.base.pad, device)
             best = self._model(**batch.inputs).logits.float().softmax(dim=-1).max(dim=-1)
@@ -111,39 +111,19 @@ class Answerer:
             yield Answer(text, labels[label], probability)
 
     def _continued(self, texts: Sequence[str], new_tokens: int) -> Iterator[Answer]:
-        tokenizer: Any = self.base.tokenizer
         most = (longest_text(self.base.model) or UNCUT) - new_tokens
         if most < 1:
             raise ConfigError(
                 f"--new-tokens is {new_tokens}, the model reads {most + new_tokens} in all; "
                 "leave room for a text"
             )
+        tokenizer, pad = self.base.tokenizer, self.base.pad
         asked = self.task.encode(tokenizer, Table(list(texts), completion=[""] * len(texts)), most)
-        tokens, mask = self._padded_left(asked)
-        model: Any = self.base.model
-        made = model.generate(
-            input_ids=tokens,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=self.base.pad,
-        )
-        said = tokenizer.batch_decode(made[:, tokens.shape[1] :], skip_special_tokens=True)
-        for text, continuation in zip(texts, said, strict=True):
-            yield Answer(text, continuation)
-
-    def _padded_left(self, asked: Examples) -> tuple[Tensor, Tensor]:
-        """(n, T) prompts that end together, and their mask. A prompt is what a training row starts with."""
-        rows = [asked.text(row)[: asked.targets[row]] for row in range(len(asked))]
-        longest = max(1, *map(len, rows)) if rows else 1
-        tokens = torch.full((len(rows), longest), self.base.pad, dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for at, row in enumerate(rows):
-            if len(row):
-                tokens[at, -len(row) :] = torch.from_numpy(row)
-            mask[at, -max(1, len(row)) :] = 1  # of an empty text without a start token one token is seen
-        return tokens.to(self._model.device), mask.to(self._model.device)
+        # What a training row starts with; an empty text without a start token goes on from padding.
+        prompts = [asked.text(row)[: asked.targets[row]] for row in range(len(asked))]
+        prompts = [prompt if len(prompt) else np.array([pad], np.int32) for prompt in prompts]
+        said = generate(self._model, self._state, tokenizer, prompts, new_tokens, pad)
+        yield from map(Answer, texts, said)
 
 
 def lines(given: Sequence[str], file: Path | None) -> Iterator[str]:

@@ -33,6 +33,7 @@ from vblora.state import State, lora_rows, mixture_weights, theta_places
 __all__ = ["dense_logits", "export_lora", "export_peft"]
 
 PREFIX = "base_model.model."
+FORMAT = "fedvb-export-1"
 CONV1D_MODELS = ("gpt2-", "openai-gpt-")  # their weights are stored transposed; PEFT warns unless told
 Arrays = dict[str, NDArray[Any]]
 
@@ -116,7 +117,13 @@ def _write(
         "fan_in_fan_out": blueprint.model.startswith(CONV1D_MODELS),
         "inference_mode": True,
     }
-    write_atomic(directory / "adapter_model.safetensors", safetensors_bytes(tensors, {"format": "pt"}))
+    about = {
+        "format": "pt",  # PEFT's readers ask for it
+        "fedvb": FORMAT,
+        "adapter": blueprint.fingerprint.hex(),
+        "round": str(state.version),
+    }
+    write_atomic(directory / "adapter_model.safetensors", safetensors_bytes(tensors, about))
     write_atomic(directory / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     return directory
 

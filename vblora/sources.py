@@ -162,7 +162,7 @@ def singular_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     start = torch.from_numpy(drawn).to(matrix).view(width, side)
     spanned = torch.linalg.qr(matrix @ start.T).Q
     for _ in range(PASSES):
-        spanned = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ spanned).Q).Q
+        spanned = torch.linalg.qr(matrix @ (matrix.T @ spanned)).Q
     u, s, vh = torch.linalg.svd(spanned.T @ matrix, full_matrices=False)
     u, s, vh = (spanned @ u)[:, :rank], s[:rank], vh[:rank]
     signs = torch.where(vh @ start[0] < 0, -1.0, 1.0).to(s)

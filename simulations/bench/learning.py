@@ -55,7 +55,14 @@ def run_one(config: Mapping[str, Any], texts: Path) -> dict[str, Any]:
     settings = SiteSettings.from_run_config(config)
     prepared = load_texts(texts_file(texts, settings))
     device = find_device(settings.device)
-    base = load_base(settings.model, prepared.labels, device, dtype=settings.dtype, seed=settings.data.seed)
+    base = load_base(
+        settings.model,
+        prepared.labels,
+        device,
+        dtype=settings.dtype,
+        quantize=settings.quantize,
+        seed=settings.data.seed,
+    )
     site = assemble(settings, prepared, base)
     with tempfile.TemporaryDirectory() as out:
         server = ServerSettings.from_run_config({**config, "out": out})

@@ -53,7 +53,7 @@ def run(model: AdaptedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, list[Te
     tensors = model.load(make_state(model.blueprint, scale=0.1))
     model.bind(tensors)
     logits = model(**inputs).logits
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.device)
     return logits.detach(), list(torch.autograd.grad((logits * weights).sum(), list(tensors.values())))
 
 
@@ -162,3 +162,21 @@ def test_nothing_is_said_layer_by_layer(models, bits, caplog, capfd):
         run(AdaptedModel(base, make_blueprint(base)), make_inputs(2))
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.gpu
+@BITS
+def test_on_a_gpu(models, bits):
+    cuda = torch.device("cuda")
+
+    def made(dense: bool) -> AdaptedModel:
+        base = load_base(str(models["llama"]), (), cuda, dtype="float32", quantize=bits).model
+        base = dequantized(base) if dense else base
+        return AdaptedModel(base, make_blueprint(base))
+
+    inputs = {name: tensor.to(cuda) for name, tensor in make_inputs(4).items()}
+    (found, gradients), (expected, others) = run(made(False), inputs), run(made(True), inputs)
+    real, scale = inputs["attention_mask"].bool(), float(expected.abs().max())
+    torch.testing.assert_close(found[real], expected[real], rtol=0, atol=CLOSE[bits] * scale)
+    for one, other in zip(gradients, others, strict=True):
+        assert (one - other).norm() / other.norm() < 5 * CLOSE[bits]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -129,6 +130,10 @@ def test_the_config_says_what_peft_needs(tmp_path):
         initial_state(blueprint), blueprint, tmp_path / "new" / "folder", base="base/name", form="topk"
     )
     config = json.loads((tmp_path / "new" / "folder" / "adapter_config.json").read_text())
+    with safe_open(tmp_path / "new" / "folder" / "adapter_model.safetensors", "np") as file:
+        about = file.metadata()
+    fingerprint = blueprint.fingerprint.hex()
+    assert about == {"format": "pt", "fedvb": "fedvb-export-1", "adapter": fingerprint, "round": "0"}
     assert config["peft_type"] == "VBLORA"
     assert (config["r"], config["num_vectors"], config["vector_length"], config["topk"]) == (3, 40, 16, 2)
     assert config["save_only_topk_weights"] is True

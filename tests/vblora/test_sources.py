@@ -123,3 +123,17 @@ def test_signs_do_not_depend_on_who_computes():
     other_a, other_b = singular_factors(matrix[shuffled], 4)
     torch.testing.assert_close(other_a, a, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other_b, b[:, shuffled], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", DENSE)
+def test_a_gpu_composes_as_a_cpu_does(kind):
+    blueprint = Blueprint(KINDS[kind], LINEARS)
+    found = []
+    for device in (CPU, torch.device("cuda")):
+        source = row_source(blueprint, device, lambda name, device=device: weight(name).to(device))
+        tensors = source.load(make_state(blueprint), make_state(blueprint, seed=1))
+        rows = source.rows(tensors)
+        gradients = torch.autograd.grad(rows.square().sum(), list(tensors.values()))
+        found.append([part.detach().cpu() for part in (rows, *gradients)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
