@@ -10,7 +10,6 @@ from fl_client.hazards import HazardSettings
 from fl_client.personal import PersonalSettings
 from fl_client.train import LocalSettings
 from vblora.errors import ConfigError, raise_faults
-from vblora.imports import Found
 from vblora.rounding import WIRES, WireSettings, wire_settings
 from vblora.spec import (
     ADAPTERS,
@@ -21,6 +20,7 @@ from vblora.spec import (
     choose_vector_length,
     row_slices,
 )
+from vblora.start import Found
 
 __all__ = ["AdapterSettings", "DataSettings", "SiteSettings", "from_config"]
 

@@ -9,23 +9,25 @@ some rows, w first places of an order.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vblora import seeded
-from vblora.errors import ModelError
+from vblora.errors import ModelError, StartError
 
 if TYPE_CHECKING:
+    from vblora.adapters import AdapterSpec
     from vblora.spec import Blueprint
 
 __all__ = [
     "LARGEST_LOGIT",
     "ChosenFirst",
     "Content",
+    "Found",
     "Order",
     "SeededOrder",
     "SortedOrder",
@@ -184,6 +186,40 @@ class Start:
                 "name its folder with --start"
             )
         return self.content
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter of a file.
+
+    Attributes:
+        where: the folder, for messages.
+        spec: its kind and numbers.
+        layers: names of the layers that it adapts.
+        read: gives version 0 for a blueprint of these layers.
+    """
+
+    where: str
+    spec: AdapterSpec
+    layers: frozenset[str]
+    read: Callable[[Blueprint], Content]
+
+    def started(self, blueprint: Blueprint) -> Blueprint:
+        """`blueprint` with this adapter as its version 0.
+
+        Raises:
+            StartError: it has other numbers, layers or shapes.
+        """
+        names = {linear.name for linear in blueprint.linears}
+        if blueprint.spec != self.spec:
+            raise StartError(f"start {self.where}: it is {self.spec}, expected {blueprint.spec}")
+        if absent := sorted(self.layers ^ names):
+            raise StartError(
+                f"start {self.where}: it adapts {len(self.layers)} layers, {len(names)} were expected; "
+                f"{absent[0]} is not in both; is the base the one that it was trained on?"
+            )
+        content = self.read(blueprint)
+        return replace(blueprint, start=Start(content.digest(), content))
 
 
 def order_of(blueprint: Blueprint) -> Order:
