@@ -241,7 +241,8 @@ def test_export_needs_a_run_with_a_checkpoint(fedvb: Run, run_copy: Path, tmp_pa
     out = tmp_path / "adapter"
     assert "no run here" in refused(fedvb("export", tmp_path / "nowhere", "--out", out), out)
     assert "Missing option '--out'" in refused(fedvb("export", run_copy), out)
-    assert "'gguf' is not one of 'peft', 'lora', 'merged'" in refused(fedvb("export", run_copy, "--out", out, "--format", "gguf"), out)
+    told = fedvb("export", run_copy, "--out", out, "--format", "gguf")
+    assert "'gguf' is not one of 'peft', 'lora', 'merged'" in refused(told, out)
     (tmp_path / "file").write_text("mine")
     told = fedvb("export", run_copy, "--out", tmp_path / "file" / "below")
     assert (told.code, told.err.count("\n")) == (2, 1)
