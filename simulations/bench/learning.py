@@ -103,17 +103,25 @@ def table(results: list[dict[str, Any]]) -> str:
     ranked = sorted(
         groups.items(), key=lambda item: -better * _mean(item[1], "own_last3" if own else "last3")
     )
-    columns = f"{'own':>7} {'±':>6} {'spread':>6} " if own else ""
-    lines = [f"{columns}{'last3':>7} {'±':>6} {'best':>7} {'up kB':>8} {'n':>2}  settings"]
+    texts = bool(results) and all("texts" in run["score"] for run in results)
+    before = f"{'own':>7} {'±':>6} {'spread':>6} " if own else ""
+    after = f" {'BLEU':>6} {'ROUGE-L':>7}" if texts else ""
+    lines = [f"{before}{'last3':>7} {'±':>6} {'best':>7}{after} {'up kB':>8} {'n':>2}  settings"]
     for key, runs in ranked:
         sent = statistics.mean(run["bytes"]["up_per_client_round"] for run in runs) / 1000
         differing = {name: value for name, value in json.loads(key).items() if (name, value) not in common}
         shown = " ".join(f"{name}={value}" for name, value in differing.items())
-        columns = f"{_cells(runs, 'own_last3')} {_mean(runs, 'own_std'):6.4f} " if own else ""
-        lines.append(
-            f"{columns}{_cells(runs, 'last3')} {_mean(runs, 'best'):7.4f} {sent:8.1f} {len(runs):2}  {shown}"
-        )
+        lines.append(f"{_scores(runs, own, texts)} {sent:8.1f} {len(runs):2}  {shown}")
     return "\n".join(lines)
+
+
+def _scores(runs: list[dict[str, Any]], own: bool, texts: bool) -> str:
+    cells = [_cells(runs, "own_last3"), f"{_mean(runs, 'own_std'):6.4f}"] if own else []
+    cells += [_cells(runs, "last3"), f"{_mean(runs, 'best'):7.4f}"]
+    if texts:
+        means = [statistics.mean(run["score"]["texts"][name] for run in runs) for name in ("bleu", "rouge_l")]
+        cells += [f"{means[0]:6.2f} {means[1]:7.4f}"]
+    return " ".join(cells)
 
 
 def _mean(runs: list[dict[str, Any]], name: str) -> float:

@@ -236,6 +236,10 @@ def test_studies_rank_by_what_is_better():
     assert order(result(0.3, h=1), result(0.1, 0.3, h=2)) == ["h=1", "h=2"], "unless some run has none"
     seeds = learning.table([result(0.2, 0.5, h=1, seed=0), result(0.4, 0.7, h=1, seed=1)])
     assert "0.6000 0.1414 0.1000  0.3000 0.1414" in seeds
+    answered = result(1.0, metric="loss", h=1)
+    answered["score"]["texts"] = {"bleu": 12.5, "rouge_l": 0.25}
+    assert " 12.50  0.2500 " in learning.table([answered])
+    assert "BLEU" not in learning.table([answered, result(1.0, metric="loss", h=2)])
 
 
 def test_every_part_prints_its_table_and_writes_its_numbers(
