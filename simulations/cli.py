@@ -12,12 +12,11 @@ from typing import Annotated, Any
 
 import click
 import typer
-from click.core import ParameterSource
 from rich.console import Console
 
 from simulations import operate, weigh
 from simulations.bench.commands import app as bench_app
-from simulations.options import config_of, run_options
+from simulations.options import config_of, run_options, typed
 from vblora.errors import ConfigError, FedVBError
 
 __all__ = ["app", "main"]
@@ -95,7 +94,7 @@ def simulate(
     if resume:
         if out is None:
             raise ConfigError("--resume: which run? name it with --out runs/NAME")
-        config = resumed_config(out, _on_command_line(context))
+        config = resumed_config(out, typed(context))
         if note := resume_note(config):
             console.print(note, markup=False, highlight=False, soft_wrap=True)
     else:
@@ -235,34 +234,11 @@ def _run(config: dict[str, Any]) -> None:
 
 def _describe(site: Any, config: dict[str, Any]) -> None:
     """What is about to be trained, and the sizes that were chosen."""
-    blueprint, spec = site.blueprint, site.blueprint.spec
-    least, most = min(map(len, site.parts)), max(map(len, site.parts))
-    letters = {"num_vectors": "h", "vector_length": "b", "topk": "k", "theta_length": "d"}
-    given = {letter: getattr(spec, name, None) for name, letter in letters.items()}
-    sizes = ", ".join([f"rank {spec.rank}", *(f"{name} {size}" for name, size in given.items() if size)])
-    facts = {
-        "model": f"{config['model']} on {site.model.device}",
-        "data": f"{config['data']}: {len(site.train):,} {site.train.unit}, {len(site.test):,} held out"
-        + (f", {len(blueprint.labels)} labels" if blueprint.labels else ""),
-        "clients": f"{len(site.parts)}, with {least:,} to {most:,} each; "
-        f"{config['clients-per-round']} a round",
-        "adapter": f"{spec.kind}, {sizes}: {blueprint.rows:,} rows in {len(blueprint.linears)} layers",
-        "numbers": f"{blueprint.trained_parameters:,} trained, {blueprint.stored_parameters:,} sent "
-        f"({blueprint.head_size:,} of them the head)",
-        "run": config["out"],
-    }
-    for name, fact in facts.items():
+    from simulations.report import facts
+
+    for name, fact in {**facts(site, config), "run": config["out"]}.items():
         console.print(f"{name:<9}{fact}", markup=False, highlight=False, soft_wrap=True)
     console.print()
-
-
-def _on_command_line(context: typer.Context) -> dict[str, Any]:
-    """The options that were typed, by config key."""
-    return {
-        name.replace("_", "-"): value
-        for name, value in context.params.items()
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    }
 
 
 def _fail(message: str) -> None:

@@ -53,28 +53,33 @@ class Pace:
 
 
 class Memory:
-    """Main memory of all processes, and this process's GPU memory, looked at now and then."""
+    """Main memory of all processes, and this process's GPU memory, looked at now and then.
+
+    Attributes:
+        peak, gpu_peak: the most bytes of each that were seen.
+    """
 
     def __init__(self) -> None:
+        self.peak = self.gpu_peak = 0
         self._looked = -EVERY
-        self._now = self._most = self._gpu = 0
+        self._now = 0
 
     def look(self) -> None:
         """See how much is taken, unless that was seen just now."""
         if time.monotonic() - self._looked >= EVERY:
             self._looked = time.monotonic()
-            self._now, self._gpu = resident(), max(self._gpu, _gpu_peak())
-            self._most = max(self._most, self._now)
+            self._now, self.gpu_peak = resident(), max(self.gpu_peak, _gpu_peak())
+            self.peak = max(self.peak, self._now)
 
     @property
     def now(self) -> str:
         """Main memory now and the GPU's peak, for people."""
-        return _shown(self._now, self._gpu)
+        return _shown(self._now, self.gpu_peak)
 
     @property
     def most(self) -> str:
         """The most of both that was seen."""
-        return _shown(self._most, self._gpu)
+        return _shown(self.peak, self.gpu_peak)
 
 
 def rate(count: float) -> str:

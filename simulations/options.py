@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click.core import ParameterSource
 
 if TYPE_CHECKING:  # it needs torch, which takes seconds to import
     from simulations.config import Config
 
-__all__ = ["RUN_OPTIONS", "config_of", "run_options"]
+__all__ = ["RUN_OPTIONS", "command_line", "config_of", "run_options", "typed"]
 
 Command = Callable[..., None]
 
@@ -158,6 +160,23 @@ def run_options(
 def config_of(given: Mapping[str, Any]) -> Config:
     """Options as keys of a config; what is to be chosen is left out."""
     return {name.replace("_", "-"): value for name, value in given.items() if value is not None}
+
+
+def command_line(context: typer.Context) -> str:
+    """The command with the options that were typed, as a shell takes it."""
+    words = ["fedvb", str(context.info_name)]
+    for name, value in typed(context).items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def typed(context: typer.Context) -> dict[str, Any]:
+    """The options that were given on the command line, by config key."""
+    return {
+        name.replace("_", "-"): value
+        for name, value in context.params.items()
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
 
 
 def _parameter(key: str, default: Any, text: str, panel: str) -> inspect.Parameter:

@@ -10,9 +10,10 @@ from rich.box import ROUNDED
 from rich.table import Table
 from rich.text import Text
 
+from fl_client.site import Site
 from simulations.units import size
 
-__all__ = ["summary_table"]
+__all__ = ["facts", "summary_table"]
 
 
 def summary_table(summary: dict[str, Any], run: Path, more: Mapping[str, str] | None = None) -> Table:
@@ -59,6 +60,25 @@ def _more_scores(score: dict[str, Any]) -> dict[str, str]:
             f"{texts['exact_match']:.3f}, {texts['rouge_l']:.3f}, {texts['bleu']:.1f}"
         )
     return rows
+
+
+def facts(site: Site, config: Mapping[str, Any]) -> dict[str, str]:
+    """What is about to be trained, and the sizes that were chosen."""
+    blueprint, spec = site.blueprint, site.blueprint.spec
+    least, most = min(map(len, site.parts)), max(map(len, site.parts))
+    letters = {"num_vectors": "h", "vector_length": "b", "topk": "k", "theta_length": "d"}
+    given = {letter: getattr(spec, name, None) for name, letter in letters.items()}
+    sizes = ", ".join([f"rank {spec.rank}", *(f"{name} {size}" for name, size in given.items() if size)])
+    return {
+        "model": f"{config['model']} on {site.model.device}",
+        "data": f"{config['data']}: {len(site.train):,} {site.train.unit}, {len(site.test):,} held out"
+        + (f", {len(blueprint.labels)} labels" if blueprint.labels else ""),
+        "clients": f"{len(site.parts)}, with {least:,} to {most:,} each; "
+        f"{config['clients-per-round']} a round",
+        "adapter": f"{spec.kind}, {sizes}: {blueprint.rows:,} rows in {len(blueprint.linears)} layers",
+        "numbers": f"{blueprint.trained_parameters:,} trained, {blueprint.stored_parameters:,} sent "
+        f"({blueprint.head_size:,} of them the head)",
+    }
 
 
 def _short(name: str) -> str:

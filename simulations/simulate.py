@@ -25,7 +25,7 @@ from simulations.grid import InProcessGrid, run_server_app
 from simulations.workers import Workers, count_workers
 from vblora.errors import ConfigError, RunError
 
-__all__ = ["free_run_directory", "prepare", "resume_note", "resumed_config", "simulate"]
+__all__ = ["free_run_directory", "prepare", "require_writable", "resume_note", "resumed_config", "simulate"]
 
 
 def prepare(config: Config) -> Site:
@@ -38,7 +38,7 @@ def prepare(config: Config) -> Site:
     settings, server = check_config(config)
     if server.eval_generate:
         require_libraries()
-    _require_writable(Path(server.out))
+    require_writable(Path(server.out))
     History(Path(server.out)).check(server.resume)
     return open_site(replace(settings, state=str(Path(server.out) / "clients")))
 
@@ -125,7 +125,7 @@ def _rounds_done(out: Path) -> int:
     return max(0, history.read_bytes().count(b"\n") - 1) if history.is_file() else 0
 
 
-def _require_writable(out: Path) -> None:
+def require_writable(out: Path) -> None:
     """See that a run directory can be made, before minutes are spent on reading the data."""
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json as json_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from simulations.options import config_of, run_options
+from simulations.options import command_line, config_of, run_options
 from vblora.errors import ConfigError
 
 __all__ = ["add_commands"]
@@ -18,7 +19,8 @@ console = Console()
 
 def add_commands(app: typer.Typer) -> None:
     """Add them to the command line."""
-    app.command()(plan)
+    for command in (plan, compare):
+        app.command()(command)
 
 
 @run_options(("Adapter", "Wire"), without=("adapter",))
@@ -28,7 +30,11 @@ def plan(
         str, typer.Option(help="A known model such as llama-2-13b, a config.json, a folder, or a hub id.")
     ] = "",
     adapters: Annotated[
-        str, typer.Option(help="KIND or KIND:NUMBER, by comma; the number of lora is its rank.")
+        str,
+        typer.Option(
+            help="KIND or KIND:NUMBER, by comma: the rank of lora, ffa-lora, lora-xs; h of vblora and "
+            "bank-only; d of uni-lora."
+        ),
     ] = "vblora,lora:8",
     clients: Annotated[int, typer.Option(help="Clients that train in a round.")] = 10,
     rounds: Annotated[int, typer.Option(help="Rounds of training.")] = 10,
@@ -52,7 +58,7 @@ def plan(
 
     Examples:
 
-      fedvb plan --model llama-2-13b --adapters vblora:6,lora:64 --rounds 30
+      fedvb plan --model llama-2-13b --adapters vblora,lora:64 --rank 6
       fedvb plan --model ./llama/config.json --adapters vblora --link 5mbit
       fedvb plan --paper
     """
@@ -71,3 +77,75 @@ def plan(
         print(json_module.dumps(as_json(found, federation), indent=2))
     else:
         plan_table(console, found, federation)
+
+
+@run_options(without=("adapter",))
+def compare(
+    context: typer.Context,
+    adapters: Annotated[
+        str,
+        typer.Option(help="KIND or KIND:NUMBER, by comma, a LoRA among them.", rich_help_panel="Comparison"),
+    ] = "vblora,lora:8",
+    seeds: Annotated[
+        int, typer.Option(help="Runs of each adapter, from --seed on.", rich_help_panel="Comparison")
+    ] = 3,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="INTEGER",
+            help="Seeds that three rates of each adapter are tried with first, on a part of the training "
+            "texts; 0 takes the rates as they are. Else 1, and 0 with one seed.",
+            rich_help_panel="Comparison",
+        ),
+    ] = None,
+    at_once: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="INTEGER",
+            help="Runs at a time; 0 is one a core on a CPU, as far as memory goes, else one.",
+            rich_help_panel="Comparison",
+        ),
+    ] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Directory; what is finished there is kept.", rich_help_panel="Comparison")
+    ] = Path("runs/comparison"),
+    **given: Any,
+) -> None:
+    """Train adapters under one protocol, and tell what each costs to communicate.
+
+    The first LoRA is the baseline, with its messages in float32; it runs
+    through the codec too. Stopped anyhow, the same command goes on. Leaves
+    report.html, comparison.json, comparison.md and pictures.
+
+    Examples:
+
+      fedvb compare --seeds 1
+      fedvb compare --data reviews.csv --adapters vblora,lora:8,lora:32 --seeds 5
+    """
+    from simulations.adapters import parse_adapters
+    from simulations.bench.tables import print_table
+    from simulations.compare.files import write_files
+    from simulations.compare.protocol import Protocol, contenders
+    from simulations.compare.study import compare as run
+    from simulations.compare.tables import few_columns, verdict
+    from simulations.config import default_config
+    from simulations.simulate import require_writable
+
+    base = {**default_config(), **config_of(given)}
+    named, baseline = contenders(parse_adapters(adapters), base)
+    chosen = (0 if seeds == 1 else 1) if tune is None else tune
+    protocol = Protocol(base, named, baseline, seeds, chosen, out)
+    require_writable(out)
+    try:
+        outcome = run(protocol, console, at_once)
+    except KeyboardInterrupt:
+        line = f"stopped: what is finished in {out} is kept; go on with the same command"
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
+        raise
+    write_files(outcome, command_line(context))
+    print_table("", outcome.comparison.rows, few_columns(outcome.comparison))
+    for line in verdict(outcome.comparison):
+        console.print(line, markup=False, highlight=False)
+    console.print(f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)

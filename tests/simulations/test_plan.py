@@ -17,13 +17,12 @@ KEYS = {"rows", "trained", "stored", "up_bytes_first", "up_bytes_steady", "down_
 
 
 def test_the_uplink_of_a_13b_model_is_a_thousandth_of_loras():
-    plan = plan_adapters("llama-2-13b", None, parse_adapters("vblora,vblora:6,lora:64"), {})
-    lora = plan.adapters["lora:64"]
-    assert (lora.trained, lora.stored) == (250_347_520, 250_347_520)
-    assert lora.float32_bytes == pytest.approx(4 * lora.stored, rel=1e-4)
-    assert 0 < lora.encoded_share < 0.1
-    for name, rows in (("vblora", 61_120), ("vblora:6", 91_680)):
-        vblora = plan.adapters[name]
+    for rank, rows in ((0, 61_120), (6, 91_680)):
+        plan = plan_adapters("llama-2-13b", None, parse_adapters("vblora,lora:64"), {"rank": rank})
+        lora, vblora = plan.adapters["lora:64"], plan.adapters["vblora"]
+        assert (lora.trained, lora.stored) == (250_347_520, 250_347_520)
+        assert lora.float32_bytes == pytest.approx(4 * lora.stored, rel=1e-4)
+        assert 0 < lora.encoded_share < 0.1
         assert vblora.rows == rows
         assert vblora.trained == 524_288 + 2048 * rows
         assert vblora.encoded_share == 1
@@ -53,6 +52,15 @@ def test_the_same_sizes_as_a_run_of_that_model(finished: Path, tiny_bert: Path):
     assert one.stored + one.head == summary["parameters"]["sent"]
 
 
+def test_every_kind_can_be_planned(tiny_bert: Path):
+    adapters = parse_adapters("vblora,lora:8,ffa-lora:8,lora-xs:4,uni-lora:512,bank-only")
+    found = plan_adapters(str(tiny_bert), 3, adapters, {}).adapters
+    assert [one.spec.kind for one in found.values()] == [str(keys["adapter"]) for keys in adapters.values()]
+    assert found["uni-lora:512"].stored == 512
+    assert found["bank-only"].up_bytes_steady < found["vblora"].up_bytes_steady
+    assert found["ffa-lora:8"].float32_bytes < found["lora:8"].float32_bytes
+
+
 def test_a_client_sends_and_receives_in_every_round():
     one = plan_adapters("gpt2", None, parse_adapters("vblora"), {}).adapters["vblora"]
     assert one.client_bytes(1) == one.up_bytes_first + one.down_bytes
@@ -80,21 +88,20 @@ def test_what_is_no_speed(link: str):
 
 
 def test_adapters_by_name():
-    assert parse_adapters(" vblora, LoRA:8 ,lora:32") == {
+    assert parse_adapters(" vblora, LoRA:8 ,uni-lora:4096") == {
         "vblora": {"adapter": "vblora"},
         "lora:8": {"adapter": "lora", "rank": 8},
-        "lora:32": {"adapter": "lora", "rank": 32},
+        "uni-lora:4096": {"adapter": "uni-lora", "theta-length": 4096},
     }
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "nothing named"),
-        ("vblora,", "'' is unknown"),
-        ("dora:8", "'dora:8' is unknown, expected KIND or KIND:NUMBER, KIND of vblora, lora"),
-        ("lora:", "'lora:': '' is no rank"),
-        ("lora:eight,lora:0,lora:-1,lora:1.5", "'lora:eight': 'eight' is no rank.*'lora:1.5': '1.5'"),
+        ("", "adapter '': kind is '', expected one of vblora, lora, ffa-lora"),
+        ("vblora,", "adapter ''"),
+        ("dora:8", "adapter 'dora:8': kind is 'dora'"),
+        ("lora:eight,lora:0,lora:1.5", "rank is 'eight', .*rank is '0', .*rank is '1.5', expected 1 to 1024"),
         ("lora:8,vblora,lora:8", "'lora:8' is named twice"),
     ],
 )
@@ -160,11 +167,11 @@ def test_plan_as_a_table(fedvb: Run, tiny_bert: Path, monkeypatch: pytest.Monkey
     [
         ("", "--model: which one?"),
         ("--model llama-9", "no config of llama-9"),
-        ("--model gpt2 --adapters dora", "'dora' is unknown"),
+        ("--model gpt2 --adapters dora", "kind is 'dora', expected one of vblora"),
         ("--model gpt2 --rounds 0 --clients 0", "clients is 0, expected at least 1; rounds is 0"),
         ("--model gpt2 --link fast", "link is 'fast'"),
         ("--model gpt2 --target-modules nope", "'nope' fits no linear layer"),
-        ("--model gpt2 --adapters lora:5000", "rank is 5000, expected 1 to 1024"),
+        ("--model gpt2 --adapters lora:5000", "rank is '5000', expected 1 to 1024"),
         ("--model gpt2 --wire tiny", "wire is 'tiny'"),
         ("--model gpt2 --classes -1", "'--classes': -1 is not in the range x>=0"),
     ],

@@ -1,0 +1,176 @@
+"""Pictures of a comparison, for light and dark pages."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simulations.compare.results import Comparison, Row, mean_curve
+from simulations.units import size
+from vblora.files import write_atomic
+
+__all__ = ["DARK", "LIGHT", "Theme", "by_bytes", "by_round", "by_section", "save_png", "svg"]
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture; those of lines can be told apart by colour-blind people, and by their markers."""
+
+    text: str
+    grid: str
+    lines: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "#1b1f24",
+    "#d8dee4",
+    ("#0072b2", "#d55e00", "#009e73", "#a3478a", "#b07d00", "#3a8fc2", "#6f4ba3", "#7c4a2d"),
+)
+DARK = Theme(
+    "#e6e9ed",
+    "#3a424c",
+    ("#62b6ff", "#ff8f5a", "#3ddbaa", "#f0a3d6", "#ffc857", "#9cd9ff", "#c7a6f5", "#d9a58a"),
+)
+MARKERS = "os^Dv<>P"
+WIDTH, HEIGHT = 5.0, 4.4  # inches; about a phone's width, so that letters stay readable there
+
+
+def by_round(comparison: Comparison, theme: Theme = LIGHT) -> Any:
+    """Mean score against rounds, a band from the least to the most of the seeds."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(theme)
+    for place, row in enumerate(comparison.rows):
+        points = mean_curve(row)
+        _line(axes, [number for number, _, _ in points], points, row, place, comparison, theme)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="round", ylabel=comparison.metric)
+    _finish(axes, figure, theme)
+    return figure
+
+
+def by_bytes(comparison: Comparison, theme: Theme = LIGHT) -> Any:
+    """Mean score against the bytes so far: both directions, all clients, on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure, axes = _figure(theme)
+    least, most = [], []
+    for place, row in enumerate(comparison.rows):
+        points = [point for point in mean_curve(row) if point[1] > 0]  # nothing is sent before round 1
+        if points:
+            least.append(points[0][1])
+            most.append(points[-1][1])
+        _line(axes, [sent for _, sent, _ in points], points, row, place, comparison, theme)
+    axes.set_xscale("log")
+    narrow = bool(least) and max(most) < 100 * min(least)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _round_size(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="sent, both directions, all clients", ylabel=comparison.metric)
+    _finish(axes, figure, theme)
+    return figure
+
+
+def by_section(comparison: Comparison, theme: Theme = LIGHT) -> Any:
+    """Bytes up, a client a round, by section of the message."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    names = list(dict.fromkeys(name for row in comparison.rows for name in row.sections))
+    rows = list(comparison.rows)[::-1]
+    figure, axes = _figure(theme, max(HEIGHT, 1.5 + 0.55 * len(rows)))
+    height = 0.8 / max(1, len(names))
+    for place, name in enumerate(names):
+        found = [(at, row.sections.get(name, 0.0)) for at, row in enumerate(rows)]
+        shown = [(at, count) for at, count in found if count > 0]
+        axes.barh(
+            [at + 0.4 - (place + 0.5) * height for at, _ in shown],
+            [count for _, count in shown],
+            height,
+            label=name,
+            color=theme.lines[place % len(theme.lines)],
+        )
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _round_size(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="up, a client a round")
+    axes.grid(False, axis="y")
+    _finish(axes, figure, theme)
+    return figure
+
+
+def svg(figure: Any) -> str:
+    """A figure as SVG, the same bytes each time."""
+    import matplotlib as mpl
+
+    target = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "fedvb"}):
+        figure.savefig(target, format="svg", metadata={"Date": None}, transparent=True)
+    return target.getvalue()
+
+
+def save_png(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=160, facecolor="white")
+    write_atomic(path, target.getvalue())
+
+
+def _figure(theme: Theme, height: float = HEIGHT) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.text)
+    for side, spine in axes.spines.items():
+        spine.set(visible=side in ("left", "bottom"), edgecolor=theme.text)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(theme.text)
+    return figure, axes
+
+
+def _line(
+    axes: Any,
+    where: list[float] | list[int],
+    points: list[tuple[int, float, list[float]]],
+    row: Row,
+    place: int,
+    comparison: Comparison,
+    theme: Theme,
+) -> None:
+    scores = [own for _, _, own in points]
+    baseline = row.name == comparison.baseline
+    colour = theme.text if baseline else theme.lines[(place - bool(comparison.baseline)) % len(theme.lines)]
+    axes.plot(
+        where,
+        [sum(own) / len(own) for own in scores],
+        "--" if baseline else "-",
+        color=colour,
+        marker=MARKERS[place % len(MARKERS)],
+        markersize=3.5,
+        linewidth=1.6,
+        label=f"{row.name}: {row.score.mean:.3f}",
+    )
+    if len(row.results) > 1:
+        axes.fill_between(
+            where, [min(own) for own in scores], [max(own) for own in scores], color=colour, alpha=0.1
+        )
+
+
+def _finish(axes: Any, figure: Any, theme: Theme) -> None:
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        labelcolor=theme.text,
+    )
+
+
+def _round_size(count: float) -> str:
+    """A tick: 10 MB rather than 10.0 MB."""
+    return size(count).replace(".0 ", " ").replace(".00 ", " ")

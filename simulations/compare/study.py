@@ -1,0 +1,194 @@
+"""A comparison from its options to its files: plan, choose rates, train, tell."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fl_server.plot import read_history
+from simulations.compare.board import Board
+from simulations.compare.probe import Probe, cores, look_ahead
+from simulations.compare.protocol import GRID, Planned, Protocol
+from simulations.compare.results import Comparison, Result, compared, result_of, trace
+from simulations.compare.running import MEASURED, check_existing, is_finished, run_all
+from simulations.config import check_config
+from simulations.units import duration
+from vblora.errors import RunError
+
+__all__ = ["Outcome", "Trial", "compare"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A rate that was tried.
+
+    Attributes:
+        rate: of the contender's main tensor.
+        scores: last3 on the validation split, by seed; empty where a run could not be finished.
+        chosen: whether it is the one that the comparison was run with.
+    """
+
+    rate: float
+    scores: tuple[float, ...]
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a report tells.
+
+    Attributes:
+        protocol: what was asked for.
+        trials: of each contender; one of each, without scores, where the rates were taken as they are.
+        comparison: of the final runs.
+        machine: device, cores, threads and runs at a time, of the first run; versions.
+    """
+
+    protocol: Protocol
+    trials: Mapping[str, tuple[Trial, ...]]
+    comparison: Comparison
+    machine: Mapping[str, Any]
+
+
+def compare(protocol: Protocol, console: Console, at_once: int = 0) -> Outcome:
+    """Train what is not yet there, and read what is.
+
+    Args:
+        protocol: see there.
+        console: told the plan before it starts, and each run.
+        at_once: runs at a time; 0 is one a core on a CPU, as far as memory goes, else one.
+
+    Raises:
+        FedVBError: a config cannot work, what lies there is another comparison, or a run of the comparison
+            itself could not be finished.
+        KeyboardInterrupt: what is finished stays.
+    """
+    for contender in protocol.contenders.values():
+        check_config({**protocol.base, **contender.keys})
+    tuning = protocol.tuning_runs()
+    expected = protocol.final_runs({name: one.default for name, one in protocol.contenders.items()})
+    check_existing([*tuning, *expected])
+    left = [run for run in tuning if not is_finished(run)]
+    if not left:
+        expected = protocol.final_runs(_rates(_trials(protocol, tuning)))
+    left += [run for run in expected if not is_finished(run)]
+    trials = _train(protocol, tuning, len(left), console, at_once) if left else _trials(protocol, tuning)
+    final = protocol.final_runs(_rates(trials))
+    groups: dict[str, list[Result]] = {}
+    for run in final:
+        groups.setdefault(run.contender, []).append(_read(run))
+    summary = _loaded(final[0].out / "summary.json")
+    metric = summary["score"]["metric"]
+    machine = {**_loaded(final[0].out / MEASURED), "versions": summary["versions"]["client"]}
+    return Outcome(protocol, trials, compared(groups, protocol.baseline, metric), machine)
+
+
+def _train(
+    protocol: Protocol, tuning: Sequence[Planned], left: int, console: Console, at_once: int
+) -> dict[str, tuple[Trial, ...]]:
+    """Look ahead, tell what is to come, and finish all runs; gives the rates that were tried."""
+    configs = [{**protocol.base, **contender.keys} for contender in protocol.contenders.values()]
+    with console.status("loading data and model, timing a few steps"):
+        probe = look_ahead(configs, max(1, cores() // (at_once or cores())))
+    at_once = min(left, at_once or probe.at_once)
+    threads = max(1, cores() // at_once)
+    rounds, every = int(protocol.base["rounds"]), int(protocol.base["eval-every"])
+    seconds = left * probe.seconds(rounds, every) / at_once
+    _tell(console, protocol, probe, len(tuning), left, at_once, seconds)
+    with Board(console, left, seconds) as board:
+        lost = {failure.run for failure in run_all(tuning, at_once, threads, board)}
+        trials = _trials(protocol, [run for run in tuning if run not in lost])
+        final = protocol.final_runs(_rates(trials))
+        check_existing(final)
+        if failures := run_all(final, at_once, threads, board):
+            told = "; ".join(f"{failure.run.label}: {failure.reason}" for failure in failures)
+            raise RunError(f"compare: {len(failures)} of {len(final)} runs could not be finished: {told}")
+    return trials
+
+
+def _tell(
+    console: Console, protocol: Protocol, probe: Probe, tuning: int, left: int, at_once: int, seconds: float
+) -> None:
+    """What is about to happen."""
+    names = list(protocol.contenders)
+    first, last = int(protocol.base["seed"]), int(protocol.base["seed"]) + protocol.seeds - 1
+    seeds = f"seed {first}" if first == last else f"seeds {first} to {last}"
+    rates = "as they are (--tune 1 would try three of each on a part of the training texts)"
+    if tuning:
+        rates = f"{tuning} runs try {len(GRID)} of each on a part of the training texts, then one is kept"
+    all_runs = tuning + len(names) * protocol.seeds
+    there = f", {all_runs - left} of {all_runs} are there" if left < all_runs else ""
+    facts = {
+        **probe.facts,
+        "compare": f"{', '.join(names)}; {seeds}",
+        "rates": rates,
+        "work": f"{left} runs of {protocol.base['rounds']} rounds{there}; {at_once} at a time: about "
+        f"{duration(seconds)}",
+        "out": str(protocol.out),
+    }
+    for name, fact in facts.items():
+        console.print(f"{name:<9}{fact}", markup=False, highlight=False, soft_wrap=True)
+    console.print()
+
+
+def _trials(protocol: Protocol, finished: Sequence[Planned]) -> dict[str, tuple[Trial, ...]]:
+    """The rates that were tried, and of each contender the best; its default where none was tried.
+
+    Raises:
+        RunError: none of a contender's could be finished.
+    """
+    found: dict[str, tuple[Trial, ...]] = {}
+    for name, contender in protocol.contenders.items():
+        if not protocol.tune:
+            found[name] = (Trial(contender.default, (), chosen=True),)
+            continue
+        scores = {
+            rate: tuple(
+                float(_loaded(run.out / "summary.json")["score"]["last3"])
+                for run in finished
+                if (run.contender, run.rate) == (name, rate)
+            )
+            for rate in contender.values
+        }
+        whole = {rate: statistics.fmean(own) for rate, own in scores.items() if len(own) == protocol.tune}
+        if not whole:
+            raise RunError(
+                f"compare: no rate of {name} could be tried to the end; lower them: {contender.values}"
+            )
+        best = (max if _higher(finished) else min)(whole, key=lambda rate: whole[rate])
+        found[name] = tuple(
+            Trial(rate, scores[rate] if rate in whole else (), rate == best) for rate in contender.values
+        )
+    return found
+
+
+def _rates(trials: Mapping[str, Sequence[Trial]]) -> dict[str, float]:
+    return {name: next(trial.rate for trial in tried if trial.chosen) for name, tried in trials.items()}
+
+
+def _higher(finished: Sequence[Planned]) -> bool:
+    return bool(_loaded(finished[0].out / "summary.json")["score"]["metric"] != "loss")
+
+
+def _read(run: Planned) -> Result:
+    measured = _loaded(run.out / MEASURED)
+    traced = trace(read_history(run.out))
+    return result_of(
+        _loaded(run.out / "summary.json"), traced, memory=measured["memory"], gpu=measured["gpu"]
+    )
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path}: not readable ({error}); remove its folder to train that run again"
+        ) from error
+    return content

@@ -1,0 +1,158 @@
+"""A comparison in words and tables: the verdict, cells for people, Markdown. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from simulations.compare.results import FLOAT32, SHARES, Comparison, Row
+from simulations.compare.scores import Interval, Reached
+from simulations.units import size
+
+__all__ = ["columns", "difference", "few_columns", "markdown", "section_cells", "verdict"]
+
+Cells = list[list[str]]
+TARGET = 0.98  # the share of the baseline's score that the verdict goes by
+
+
+def columns(comparison: Comparison) -> Mapping[str, Callable[[Row], str]]:
+    """Headings of the main table and what each shows of a row; the first is text."""
+    made: dict[str, Callable[[Row], str]] = {
+        "adapter": lambda row: row.name,
+        f"{comparison.metric}, last three": _spread,
+        "best": lambda row: f"{row.best.mean:.4f}",
+    }
+    if comparison.baseline:
+        made[f"against {comparison.baseline}"] = lambda row: difference(row.difference, comparison.metric)
+    made |= {
+        "up": lambda row: size(row.mean("up")),
+        "down": lambda row: size(row.mean("down")),
+        "in all": lambda row: size(row.mean("total")),
+    }
+    if comparison.baseline:
+        made["fewer"] = lambda row: "" if row.fewer is None else f"{row.fewer:,.1f} ×"
+        made |= {f"to {share:.0%}": _target(share) for share in SHARES}
+    if any(row.mean("seconds") for row in comparison.rows):
+        made["seconds"] = lambda row: f"{row.mean('seconds'):,.0f}"
+    if any(row.mean("memory") for row in comparison.rows):
+        made["memory"] = lambda row: size(max(result.memory for result in row.results))
+    if any(row.mean("gpu") for row in comparison.rows):
+        made["GPU memory"] = lambda row: size(max(result.gpu for result in row.results))
+    return made
+
+
+def few_columns(comparison: Comparison) -> Mapping[str, Callable[[Row], str]]:
+    """Those of `columns` that fit a terminal."""
+    made: dict[str, Callable[[Row], str]] = {"adapter": lambda row: row.name, comparison.metric: _spread}
+    if comparison.baseline:
+        made["against LoRA"] = lambda row: difference(row.difference, comparison.metric)
+    made["in all"] = lambda row: size(row.mean("total"))
+    if comparison.baseline:
+        made[f"to {TARGET:.0%}"] = _target(TARGET)
+    return made
+
+
+def markdown(headings: Sequence[str], cells: Cells) -> str:
+    """A Markdown table; the first column is text, the others numbers."""
+    rule = ["---"] + ["---:"] * (len(headings) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [list(headings), rule, *cells])
+
+
+def section_cells(comparison: Comparison) -> tuple[list[str], Cells]:
+    """Headings and cells of the bytes that go up, a client a round, by section."""
+    names = list(dict.fromkeys(name for row in comparison.rows for name in row.sections))
+    headings = ["adapter", *names, "all"]
+    cells = [
+        [
+            row.name,
+            *(size(row.sections[name]) if name in row.sections else "" for name in names),
+            size(sum(row.sections.values())),
+        ]
+        for row in comparison.rows
+    ]
+    return headings, cells
+
+
+def difference(found: Interval | None, metric: str) -> str:
+    """A paired difference: of accuracies in points, of losses as it is."""
+    if found is None:
+        return ""
+    factor, places = (100, 1) if metric == "accuracy" else (1, 4)
+    shown = f"{factor * found.mean:+.{places}f}"
+    if found.low is not None and found.high is not None:
+        shown += f" ({factor * found.low:+.{places}f} to {factor * found.high:+.{places}f})"
+    return shown.replace("-", "−")
+
+
+def verdict(comparison: Comparison) -> list[str]:
+    """What the figures say, whoever wins; the first sentence is the answer."""
+    if not comparison.baseline:
+        return ["No LoRA among the runs: nothing to compare with."]
+    others = [row for row in comparison.rows if row.name != comparison.baseline]
+    return [
+        *_cheapest(comparison),
+        *(_one(row, comparison) for row in others),
+        *_caveats(comparison),
+    ]
+
+
+def _cheapest(comparison: Comparison) -> list[str]:
+    """Who comes to the target with the fewest bytes; who after, and who not. The baseline always does."""
+    goal = f"{TARGET:.0%} of {comparison.baseline}'s {comparison.metric}"
+    took = {
+        row.name: found
+        for row in comparison.rows
+        if (found := row.targets[TARGET]).n and found.median is not None
+    }
+    first, *others = sorted(took, key=lambda name: took[name].median or 0)
+    told = [f"{first} came to {goal} with the fewest bytes: {_reached(took[first])}."]
+    if others:
+        told.append(f"Then {', '.join(f'{name} {_reached(took[name])}' for name in others)}.")
+    if missed := [row.name for row in comparison.rows if row.name not in took]:
+        told.append(f"Most runs of {', '.join(missed)} did not come there.")
+    return told
+
+
+def _one(row: Row, comparison: Comparison) -> str:
+    """An adapter against the baseline: score and bytes; bytes also against the baseline through the codec."""
+    found, unit = row.difference, " points" if comparison.metric == "accuracy" else ""
+    told = f"{row.name}: {comparison.metric} {row.score.mean:.4f}"
+    if found is not None:
+        told += f", {difference(found, comparison.metric)}{unit} against {comparison.baseline}"
+        if found.low is not None:
+            better = (found.mean > 0) == comparison.higher_is_better
+            told += (
+                (", better" if better else ", worse") if found.shows_difference else ", no difference shown"
+            )
+    told += f"; {_part(row.fewer)} its bytes"
+    coded = [other for other in comparison.rows if f"{other.name}{FLOAT32}" == comparison.baseline]
+    if coded and coded[0] is not row:
+        told += f", {_part(coded[0].mean('total') / max(1.0, row.mean('total')))} {coded[0].name}'s"
+    return f"{told}."
+
+
+def _part(fewer: float | None) -> str:
+    """Bytes as a part of others, of which they are so many times fewer."""
+    if fewer is None:
+        return "an unknown part of"
+    return f"1/{fewer:,.0f} of" if fewer >= 2 else f"{1 / max(fewer, 1e-9):.1f} times"
+
+
+def _caveats(comparison: Comparison) -> list[str]:
+    if comparison.seeds == 1:
+        return ["One seed: differences of a point or two may be chance; three seeds or more tell."]
+    return [f"Differences are paired by seed, {comparison.seeds} seeds; 95% intervals by Student's t."]
+
+
+def _spread(row: Row) -> str:
+    return f"{row.score.mean:.4f}" + ("" if row.score.std is None else f" ± {row.score.std:.4f}")
+
+
+def _target(share: float) -> Callable[[Row], str]:
+    return lambda row: _reached(row.targets[share])
+
+
+def _reached(found: Reached) -> str:
+    """Median bytes, and how many seeds got there where not all did."""
+    if found.median is None:
+        return "not reached" if not found.count else f"{found.count} of {found.n}"
+    return size(found.median) + (f" ({found.count} of {found.n})" if found.count < found.n else "")

@@ -1,0 +1,112 @@
+"""The report and its pictures: whole in one file, the same each time, told in words too."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from simulations.compare.files import write_files
+from simulations.compare.page import page
+from simulations.compare.plots import DARK, by_bytes, by_round, by_section, svg
+from tests.simulations.compare.made import made_comparison, made_outcome
+
+VOID = {"meta", "img", "source", "br"}
+
+
+class Reader(HTMLParser):
+    """Keeps what a page is made of, and sees that every element is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def report() -> str:
+    return page(made_outcome(Path("cmp")), "fedvb compare --data '<b>reviews</b>.csv'")
+
+
+def test_the_report_needs_nothing_else(report: str):
+    """No address, no script, no file: pictures are in it."""
+    reader = Reader()
+    reader.feed(report)
+    assert reader.open == []
+    assert not re.search(r"(?:src|href|srcset|url)\s*=?\s*[\"'(]+(?!data:)", report)
+    assert "http://" not in report
+    assert "https://" not in report
+    assert "script" not in {tag for tag, _ in reader.elements}
+
+
+def test_the_report_can_be_read_by_all(report: str):
+    reader = Reader()
+    reader.feed(report)
+    images = [attributes for tag, attributes in reader.elements if tag == "img"]
+    assert len(images) == 3
+    for image in images:
+        assert "lora:8 float32" in str(image["alt"])
+    assert [tag for tag, _ in reader.elements].count("source") == 3  # the same for dark pages
+    assert 'name="viewport"' in report
+    for tag, attributes in reader.elements:
+        if tag == "th":
+            assert attributes["scope"] in ("col", "row")
+    tables = [attributes for _, attributes in reader.elements if attributes.get("class") == "scroll"]
+    assert tables
+    assert all(table["tabindex"] == "0" and table["aria-label"] for table in tables)
+
+
+def test_the_report_tells_verdict_protocol_and_rates(report: str):
+    for told in (
+        "lora:8 came to 98% of lora:8 float32&#x27;s accuracy",
+        "&lt;b&gt;reviews&lt;/b&gt;.csv",
+        "Chosen for each adapter alike: 0.5, 1, 2 times its default rate",
+        "seed 1000",
+        "broke off",
+        "0.016, at the edge",
+        "CPU, 2 runs at a time, 1 threads each; torch 2.13.0.",
+    ):
+        assert told in report
+    assert "<b>" not in report
+    assert "$" not in re.sub(r"base64,[^\"]*", "", report)
+
+
+def test_what_was_skipped_is_said():
+    assert "Skipped: rates were not tuned." in page(made_outcome(Path("cmp"), tune=0), "fedvb compare")
+
+
+@pytest.mark.parametrize("draw", [by_round, by_bytes, by_section])
+def test_a_picture_is_the_same_each_time(draw):
+    drawing = svg(draw(made_comparison(), DARK))
+    assert drawing == svg(draw(made_comparison(), DARK))
+    assert "<svg" in drawing
+    names = r"xmlns(:\w+)?=\"[^\"]*\"|<!DOCTYPE[^>]*>|<metadata>.*</metadata>"
+    assert "http" not in re.sub(names, "", drawing, flags=re.DOTALL)
+
+
+def test_all_files_of_a_comparison(tmp_path: Path):
+    write_files(made_outcome(tmp_path), "fedvb compare")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("comparison.json", "comparison.md", "report.html"),
+        *("score-by-round.png", "score-by-bytes.png", "bytes-by-part.png"),
+    }
+    content = json.loads((tmp_path / "comparison.json").read_text())
+    assert content["baseline"] == "lora:8 float32"
+    assert content["protocol"]["trials"]["vblora"][2] == {"rate": 0.016, "scores": [0.72], "chosen": True}
+    assert content["verdict"][0].startswith("lora:8 came to 98%")
+    table = (tmp_path / "comparison.md").read_text()
+    assert table.startswith("```sh\nfedvb compare\n```\n")
+    assert "| vblora | 0.7800 ± 0.0000 |" in table
+    for name in ("score-by-round.png", "score-by-bytes.png", "bytes-by-part.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

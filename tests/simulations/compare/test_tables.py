@@ -1,0 +1,76 @@
+"""What a comparison says, and the tables it says it in."""
+
+from __future__ import annotations
+
+from simulations.compare.results import compared
+from simulations.compare.tables import columns, few_columns, markdown, section_cells, verdict
+from tests.simulations.compare.made import made_comparison, made_result
+
+
+def test_the_verdict_names_the_cheapest_whoever_it_is():
+    told = verdict(made_comparison())
+    assert told[0] == "lora:8 came to 98% of lora:8 float32's accuracy with the fewest bytes: 20.0 kB."
+    assert told[1:3] == ["Then lora:8 float32 200.0 kB.", "Most runs of vblora did not come there."]
+    assert told[3] == (
+        "vblora: accuracy 0.7800, −2.0 (−2.0 to −2.0) points against lora:8 float32, worse; "
+        "1/100 of its bytes, 1/10 of lora:8's."
+    )
+    assert told[4].startswith("lora:8: accuracy 0.7950, −0.5 (")
+    assert "no difference shown; 1/10 of its bytes." in told[4]
+    assert "2 seeds" in told[-1]
+
+
+def test_the_verdict_of_one_seed_says_so():
+    groups = {
+        "lora:8": [made_result(0, [0.5, 0.8, 0.8], 1000)],
+        "vblora": [made_result(0, [0.5, 0.79, 0.81], 800)],
+    }
+    told = verdict(compared(groups, "lora:8", "accuracy"))
+    assert told[0].startswith("vblora came to 98%")
+    assert "difference shown" not in " ".join(told)
+    assert "1.2" not in told[2]
+    assert told[2].endswith("0.8 times its bytes.")
+    assert told[-1].startswith("One seed:")
+
+
+def test_without_a_baseline_there_is_no_verdict():
+    comparison = compared({"vblora": [made_result(0, [0.1, 0.2], 9)]}, "lora:8", "accuracy")
+    assert verdict(comparison) == ["No LoRA among the runs: nothing to compare with."]
+
+
+def test_markdown():
+    assert markdown(["a", "b"], [["x", "1"], ["y", "2"]]) == (
+        "| a | b |\n| --- | ---: |\n| x | 1 |\n| y | 2 |"
+    )
+
+
+def test_columns_show_every_row():
+    comparison = made_comparison()
+    shown = columns(comparison)
+    cells = {
+        row.name: dict(zip(shown, (show(row) for show in shown.values()), strict=True))
+        for row in comparison.rows
+    }
+    assert cells["vblora"] == {
+        "adapter": "vblora",
+        "accuracy, last three": "0.7800 ± 0.0000",
+        "best": "0.7800",
+        "against lora:8 float32": "−2.0 (−2.0 to −2.0)",
+        "up": "500 B",
+        "down": "500 B",
+        "in all": "4.0 kB",
+        "fewer": "100.0 ×",
+        "to 95%": "2.0 kB",
+        "to 98%": "not reached",
+        "to 100%": "not reached",
+        "seconds": "12",
+        "memory": "500.0 MB",
+    }
+    assert cells["lora:8"]["to 100%"] == "1 of 2"
+    assert set(few_columns(comparison)) == {"adapter", "accuracy", "against LoRA", "in all", "to 98%"}
+
+
+def test_bytes_by_section():
+    headings, cells = section_cells(made_comparison())
+    assert headings == ["adapter", "rows", "frame", "all"]
+    assert cells[1] == ["vblora", "400 B", "100 B", "500 B"]
