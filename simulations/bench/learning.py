@@ -6,6 +6,7 @@ with a GPU and little else trains what another one prepared:
 
     python -m simulations.bench.learning study.json --texts DIR --prepare         # where the data is
     python -m simulations.bench.learning study.json --texts DIR --processes 10    # where the GPU is
+    python -m simulations.bench.learning --table results.json --plot scores.png   # what --json left
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ from fl_client.assembly import assemble, load_texts, save_texts
 from fl_client.base import find_device, load_base
 from fl_client.serve import answer
 from fl_client.settings import SiteSettings
+from fl_server.plot import read_history
 from fl_server.rounds import run_rounds
 from fl_server.settings import ServerSettings
+from simulations.bench.rivals import comparisons, tables
+from simulations.compare.results import trace
 from simulations.direct import DirectExchange
 
 __all__ = ["main", "read_study", "run_one", "table", "texts_file"]
@@ -68,7 +72,8 @@ def run_one(config: Mapping[str, Any], texts: Path) -> dict[str, Any]:
         server = ServerSettings.from_run_config({**config, "out": out})
         exchange = DirectExchange(partial(answer, site), server.clients)
         summary = run_rounds(exchange, server, _Silent())
-    return {"config": dict(config), **summary, "wall": time.monotonic() - started}
+        traced = trace(read_history(Path(out)))
+    return {"config": dict(config), **summary, **traced, "wall": time.monotonic() - started}
 
 
 def prepare(configs: list[Config], texts: Path) -> None:
@@ -140,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("study", type=Path, help="JSON file of the study")
+    parser.add_argument("study", type=Path, nargs="?", help="JSON file of the study")
     parser.add_argument("--texts", type=Path, default=Path("texts"), help="folder of prepared texts")
     parser.add_argument("--prepare", action="store_true", help="write the prepared texts, train nothing")
     parser.add_argument("--model", help="base model, where it lies elsewhere than the study says")
@@ -149,7 +154,19 @@ def main(arguments: list[str] | None = None) -> None:
         "--seconds", type=float, default=0.0, help="stop waiting for runs after this time; 0 never"
     )
     parser.add_argument("--json", type=Path, help="write all results here")
+    parser.add_argument(
+        "--table",
+        type=Path,
+        action="append",
+        help="print results against LoRA r8, in Markdown; train nothing",
+    )
+    parser.add_argument("--plot", type=Path, help="with --table: draw scores against bytes, a PNG")
     given = parser.parse_args(arguments)
+    if given.table:
+        _tell(given.table, given.plot)
+        return
+    if given.study is None:
+        parser.error("which study? name its file, or --table and what --json left")
     configs = read_study(given.study)
     if given.model:
         configs = [{**config, "model": given.model} for config in configs]
@@ -159,6 +176,18 @@ def main(arguments: list[str] | None = None) -> None:
     results = _run_all(configs, given.texts, given.processes, given.seconds, given.json)
     print(f"{len(results)} of {len(configs)} runs; torch {torch.__version__}, {_device_name()}")
     print(table(results))
+    print(f"\n{tables(results)}")
+
+
+def _tell(files: list[Path], plot: Path | None) -> None:
+    """Print what `--json` left, of one study or several of one protocol, and draw it."""
+    found = [result for file in files for result in json.loads(file.read_text()) if "error" not in result]
+    print(tables(found))
+    if plot is not None:
+        from simulations.compare.plots import by_bytes, save_png
+
+        for number, (_, comparison) in enumerate(comparisons(found)):
+            save_png(by_bytes(comparison), plot.with_stem(f"{plot.stem}-{number}") if number else plot)
 
 
 def _run_all(

@@ -1,0 +1,137 @@
+"""What a study says against LoRA r8."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simulations.bench import learning
+from simulations.bench.rivals import comparisons, tables
+from simulations.config import check_config, default_config
+from tests.conftest import ROOT
+
+STUDIES = ROOT / "simulations" / "bench" / "studies"
+
+
+def result(seed: int, scores: list[float], round_bytes: int, **config: Any) -> dict[str, Any]:
+    """As `learning.run_one` gives it; keys are named with underscores."""
+    last = scores[-3:]
+    keys = {name.replace("_", "-"): value for name, value in config.items()}
+    return {
+        "config": {"seed": seed, "rounds": len(scores) - 1, **keys},
+        "seed": seed,
+        "score": {
+            "metric": "accuracy",
+            "start": scores[0],
+            "final": scores[-1],
+            "best": max(scores),
+            "last3": sum(last) / len(last),
+        },
+        "bytes": {
+            "up_per_client_round": round_bytes // 2,
+            "down_per_client_round": round_bytes // 2,
+            "up_total": round_bytes * (len(scores) - 1) // 2,
+            "down_total": round_bytes * (len(scores) - 1) // 2,
+        },
+        "parameters": {"trained": 10, "sent": 5},
+        "seconds": 1.0,
+        "curve": [[number, number * round_bytes, score] for number, score in enumerate(scores)],
+        "sections": {"rows": round_bytes / 2},
+    }
+
+
+def study() -> list[dict[str, Any]]:
+    """Two deals, four methods each, two seeds."""
+    rise = [0.5, 0.8, 0.8, 0.8]
+    found = []
+    for partition in ("iid", "dirichlet:0.1"):
+        for seed in (0, 1):
+            deal = {"partition": partition}
+            found += [
+                result(seed, rise, 1000, adapter="lora", rank=8, wire="lossless", **deal),
+                result(seed, rise, 100, adapter="lora", rank=8, **deal),
+                result(
+                    seed,
+                    [x - 0.01 for x in rise],
+                    10,
+                    adapter="vblora",
+                    num_vectors=256,
+                    lr_bank=0.01,
+                    **deal,
+                ),
+                result(
+                    seed, [x - 0.1 for x in rise], 10, adapter="vblora", num_vectors=256, lr_bank=0.1, **deal
+                ),
+            ]
+    return found
+
+
+def test_methods_are_compared_within_a_protocol():
+    found = comparisons(study())
+    assert [heading for heading, _ in found] == ["partition iid", "partition dirichlet:0.1"]
+    for _, comparison in found:
+        assert comparison.baseline == "lora:8 float32"
+        assert [row.name for row in comparison.rows] == [
+            *("lora:8 float32", "lora:8", "vblora:256 lr-bank=0.01", "vblora:256 lr-bank=0.1")
+        ]
+        good, bad = comparison.rows[2:]
+        assert good.difference is not None
+        assert good.difference.mean == pytest.approx(-0.01)
+        assert (good.fewer, good.targets[0.98].median, bad.targets[0.95].count) == (100, 10, 0)
+
+
+def test_the_best_lora_is_the_baseline():
+    found = [
+        result(0, [0.5, 0.7], 10, adapter="lora", rank=8, lr_rows=1.0),
+        result(0, [0.5, 0.9], 10, adapter="lora", rank=8, lr_rows=2.0),
+        result(0, [0.5, 0.99], 10, adapter="lora", rank=32),
+    ]
+    ((heading, comparison),) = comparisons(found)
+    assert heading == ""
+    assert comparison.baseline == "lora:8 lr-rows=2.0"
+    assert comparisons(found[2:])[0][1].baseline == ""
+    assert comparisons([]) == []
+
+
+def test_tables_of_what_a_study_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "a.json").write_text(json.dumps([*study()[:8], {"config": {}, "error": "out of memory"}]))
+    (tmp_path / "b.json").write_text(json.dumps(study()[8:]))
+    typed = [part for name in ("a", "b") for part in ("--table", str(tmp_path / f"{name}.json"))]
+    learning.main([*typed, "--plot", str(tmp_path / "scores.png")])
+    shown = capsys.readouterr().out
+    assert shown == tables(study()) + "\n"
+    assert "| vblora:256 lr-bank=0.01 | 0.7900 ± 0.0000 |" in shown
+    assert "partition iid\n\n| adapter |" in shown
+    for name in ("scores.png", "scores-1.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        learning.main([])
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.json")), ids=lambda path: path.stem)
+def test_studies_hold_configs(path: Path):
+    """Every run passes the check that a run starts with."""
+    configs = learning.read_study(path)
+    for config in configs:
+        check_config({**default_config(), **config})
+    assert len({json.dumps(config, sort_keys=True) for config in configs}) == len(configs)
+
+
+def test_rates_are_not_chosen_on_what_is_compared():
+    for name in ("sst2", "banking77"):
+        tried = learning.read_study(STUDIES / f"rates-{name}.json")
+        final = learning.read_study(STUDIES / f"compare-{name}.json")
+        assert {config["eval-split"] for config in tried} == {"train"}
+        assert not {config["seed"] for config in tried} & {config["seed"] for config in final}
+        differing = {"lr-rows", "lr-bank", "seed", "eval-split"}
+        methods = [
+            {
+                json.dumps({k: v for k, v in config.items() if k not in differing}, sort_keys=True)
+                for config in runs
+            }
+            for runs in (tried, final)
+        ]
+        assert methods[0] == methods[1]
