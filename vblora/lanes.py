@@ -45,6 +45,7 @@ RUN_LANES = 64  # lanes whose plain bits lie together
 UNIT_CLASS = 9  # of a mean size of 1; classes are half octaves apart, class 0 is all zeros
 MOST_CLASS = UNIT_CLASS + 62
 SEEN = 128  # what one number that was read adds to a frequency
+MOST_SEEN = 1 << 22  # frequencies of a context are halved above this: the coder knows none below 2^-24
 START = 32 * SEEN  # what the frequencies of a context come to before any was read
 
 
@@ -151,6 +152,8 @@ class LaneModel:
         shape = self._frequencies.shape
         seen = np.bincount(contexts * shape[1] + symbols, minlength=self._frequencies.size)
         self._frequencies += SEEN * seen.reshape(shape)
+        full = self._frequencies.sum(axis=1) > MOST_SEEN
+        self._frequencies[full] = (self._frequencies[full] + 1) // 2
 
 
 @lru_cache(maxsize=256)

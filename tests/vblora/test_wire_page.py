@@ -139,6 +139,9 @@ def lanes(data: Bytes, count: int) -> list[int]:
                 seen.append((classes[lane], odd, token))
             for level, odd, token in seen:
                 frequencies[level, odd][token] += 128
+            for context, row in frequencies.items():
+                if sum(row) > 1 << 22:
+                    frequencies[context] = [(one + 1) // 2 for one in row]
     found = []
     for first in range(0, lane_count, 64):
         flat = [token for lane in tokens[first : first + 64] for token in lane]
