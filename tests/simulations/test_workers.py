@@ -24,6 +24,7 @@ from simulations.workers import Workers, count_workers
 from tests.fl_client.sites import make_site
 from tests.simulations.conftest import read_history, small_config
 from vblora.errors import ConfigError, RunError, WireError
+from vblora.spec import Blueprint
 from vblora.state import initial_state
 from vblora.wire import decode_update, encode_state
 
@@ -70,7 +71,7 @@ def test_on_a_cpu_pieces_are_cohorts_and_become_smaller_towards_the_end():
 
 def test_on_gpus_shares_are_even_in_work():
     site = make_site(10)
-    on_gpu = replace(site, model=_Elsewhere())
+    on_gpu = replace(site, model=_Elsewhere(site.blueprint))
     ordered = site.by_work(range(10), 1)
     pool = Workers.__new__(Workers)
     pool._site, pool._count = on_gpu, 4
@@ -83,6 +84,9 @@ def test_on_gpus_shares_are_even_in_work():
 
 class _Elsewhere:
     device = torch.device("cuda")
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        self.blueprint = blueprint
 
 
 # --- Answers -------------------------------------------------------------------------
