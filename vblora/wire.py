@@ -155,7 +155,7 @@ def _selection_base(base: State | None, blueprint: Blueprint) -> TopK | None:
 def _read_for(blob: bytes, kind: Kind, blueprint: Blueprint) -> tuple[Header, list[Section]]:
     header, sections = read_blob(blob)
     if header.kind is not kind:
-        raise WireError(f"blob: holds a {header.kind.name.lower()}, expected a {kind.name.lower()}")
+        raise WireError(f"blob: is of kind {header.kind.name.lower()}, expected {kind.name.lower()}")
     if header.fingerprint != blueprint.fingerprint:
         found, expected = header.fingerprint.hex()[:12], blueprint.fingerprint.hex()[:12]
         raise WireError(

@@ -7,7 +7,9 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -18,7 +20,6 @@ from fl_client.resident import Resident
 from fl_client.site import OnStep
 from simulations.bench.wire import shape_blueprint
 from simulations.replay import replayed_update
-from tests.deploy.conftest import write_texts
 from tests.deploy.federation import Federation
 from tests.deploy.proxy import Proxy
 from vblora.rounding import WIRES, round_update
@@ -27,43 +28,16 @@ from vblora.wire import decode_state, encode_state, encode_update, initial
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(590)]
 
-ROUNDS = 3
+IDLE = 20.0  # seconds for which an idle node is watched
+MESSAGES = 12_000  # bytes beside the blob that the messages of a round may cost up
 
 
-def test_bytes_of_a_client_and_round_beside_loras(folder: Path, minilm: Path):
-    files = [write_texts(folder / f"{n}.csv", ["food", "space", "sport"], 60, n) for n in range(2)]
-    with Federation(folder, minilm, files) as federation:
-        federation.start_server()
-        with Proxy(federation.port) as first, Proxy(federation.port) as second:
-            for site, proxy in zip(federation.sites, (first, second), strict=True):
-                federation.start_trainer(site)
-                federation.register(site)
-                federation.start_node(site, superlink=proxy.port)
-            up: dict[str, float] = {}
-            told: dict[str, int] = {}
-            for adapter in ("vblora", "lora"):  # Flower sends the app to each node with the first
-                out = folder / adapter
-                before = first.up + second.up, first.down + second.down
-                options = {"rounds": ROUNDS, "eval_every": ROUNDS, "local_steps": 3, "batch_size": 4}
-                summary = federation.run(out, adapter=adapter, **options)
-                up[adapter] = (first.up + second.up - before[0]) / 2 / ROUNDS
-                down = (first.down + second.down - before[1]) / 2 / ROUNDS
-                told[adapter] = summary["bytes"]["up_per_client_round"]
-                print(
-                    f"{adapter}: a client and round {up[adapter]:,.0f} B up and {down:,.0f} B down on the "
-                    f"socket, {told[adapter]:,} B up in blobs"
-                )
-    assert up["lora"] > told["lora"]
-    assert up["vblora"] > told["vblora"]
-    assert up["vblora"] < up["lora"] / 5
+class Drawn(Resident):
+    """Pretends to be a model of some shape: its messages are real, its updates drawn from a recorded run."""
 
-
-class Large(Resident):
-    """Pretends to be a 7B model: its messages are real ones, its updates are drawn from a recorded run."""
-
-    def __init__(self) -> None:
-        super().__init__({"model": "7B", "data": "none"}, Path("nowhere"))
-        self.blueprint = shape_blueprint("Llama-2-7B")
+    def __init__(self, shape: str) -> None:
+        super().__init__({"model": shape, "data": "none"}, Path("nowhere"))
+        self.blueprint = shape_blueprint(shape)
         self.states = {state.digest: state for state in [initial(self.blueprint)]}
         self.sent: list[int] = []
 
@@ -73,7 +47,7 @@ class Large(Resident):
             return Answer(0, text=json.dumps(told))
         if question.kind == "describe":
             metric = {"name": "loss", "higher_is_better": False}
-            told = {"blueprint": self.blueprint.to_json(), "metric": metric}
+            told = {"blueprint": self.blueprint.to_json(), "metric": metric, "prompts": 0}
             return Answer(0, text=json.dumps(told))
         if question.kind == "evaluate":
             return Answer(0, metrics={"eval-examples": 1, "eval-loss-sum": 1.0, "eval-correct": 0})
@@ -96,10 +70,76 @@ class Large(Resident):
         return Answer(0, blob, {"train-loss": 1.0, "steps": 1})
 
 
+@pytest.mark.parametrize("shape", ["RoBERTa-large q,v", "Llama-2-7B"])
+def test_where_the_bytes_of_a_round_go(shape: str, folder: Path):
+    """Up, beside the blob: polls of an idle node, and the headers of what messages are made of."""
+    folder = folder / shape[:2]
+    folder.mkdir()
+    drawn = Drawn(shape)
+    with Federation(folder, folder, [folder / "none"]) as federation:
+        (site,) = federation.sites
+        server = trainer._listen(site.socket, trainer._Service(drawn, shape, "none", threading.Event()))
+        try:
+            federation.start_server()
+            with Proxy(federation.port) as proxy:
+                federation.register(site)
+                federation.start_node(site, superlink=proxy.port)
+                joined = until_quiet(proxy)
+                start = proxy.up
+                time.sleep(IDLE)
+                idle = (proxy.up - start) / IDLE
+                before = proxy.up
+                marks = watch(folder / "run", proxy)
+                federation.run(folder / "run", rounds=6, eval_every=6)
+                whole = proxy.up - before
+        finally:
+            server.stop(grace=None).wait()
+    records = [json.loads(line) for line in (folder / "run" / "history.jsonl").read_text().splitlines()]
+    # Rounds 2 to 5: in 1 the app is fetched, after 6 the model is scored.
+    spent = [up - earlier for (_, earlier), (_, up) in pairwise(marks[1:6])]
+    took = [now - then for (then, _), (now, _) in pairwise(marks[1:6])]
+    blobs = [record["bytes"]["up"] for record in records[2:6]]
+    beside = [up - blob for up, blob in zip(spent, blobs, strict=True)]
+    messages = median(beside) - idle * median(took)
+    print(
+        f"{shape}: joining {joined:,} B up; idle {idle:,.0f} B a second; rounds of {median(took):.1f} s: "
+        f"{median(spent):,.0f} B up, {median(blobs):,.0f} of them blob, {idle * median(took):,.0f} polls, "
+        f"{messages:,.0f} messages; app, hello, two evaluations and all: "
+        f"{(whole - sum(r['bytes']['up'] for r in records)) / 6:,.0f} B beside the blob, a round"
+    )
+    assert len(spent) == 4
+    assert messages <= MESSAGES, "with polls of ten seconds no more than 15 kB"
+
+
+def until_quiet(proxy: Proxy) -> int:
+    """Bytes up until a node has joined: from then on no more than polls pass."""
+    last, seen = time.monotonic(), 0
+    while not seen or time.monotonic() - last < 4:
+        if proxy.up > seen + 2000:
+            last, seen = time.monotonic(), proxy.up
+        time.sleep(0.1)
+    return seen
+
+
+def watch(out: Path, proxy: Proxy) -> list[tuple[float, int]]:
+    """When each round of a run was over, and the bytes up so far; filled as the run goes on."""
+    marks: list[tuple[float, int]] = []
+
+    def look() -> None:
+        while not (out / "summary.json").exists():
+            path = out / "history.jsonl"
+            count = path.read_bytes().count(b"\n") if path.exists() else 0
+            marks.extend([(time.monotonic(), proxy.up)] * (count - len(marks)))
+            time.sleep(0.05)
+
+    threading.Thread(target=look, daemon=True).start()
+    return marks
+
+
 def test_a_7b_shape_over_a_thin_line(folder: Path):
     folder = folder / "thin"
     folder.mkdir()
-    large = Large()
+    large = Drawn("Llama-2-7B")
     bits, delay = 1e6, 0.1  # 1 Mbit/s each way, 200 ms there and back
     with Federation(folder, folder, [folder / "none"]) as federation:
         (site,) = federation.sites

@@ -420,7 +420,7 @@ REFUSED = {
     ),
     "checksum": (header() + parts() + b"abcd", "checksum 64636261, expected [0-9a-f]{8}; it was"),
     "kind unknown": (sealed(header(kind=9) + parts()), r"kind 9, expected one of \[1, 2\]"),
-    "kind other": (sealed(header(kind=Kind.STATE) + parts()), "holds a state, expected a update"),
+    "kind other": (sealed(header(kind=Kind.STATE) + parts()), "is of kind state, expected update"),
     "fingerprint": (
         sealed(header(fingerprint=b"f" * 16) + parts()),
         "made for adapter 666666666666, expected [0-9a-f]{12}; base model, targets",
