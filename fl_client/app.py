@@ -6,6 +6,10 @@ torch; else `fl_client.serve` does it here. What a node says about itself with -
 socket          of its trainer (`fedvb trainer`)
 name            of the site in logs and histories; else its partition-id, else its node id
 data, model...  its own files, where it trains without a trainer: `fl_client.questions.OWN_KEYS`
+state           folder of what it remembers, where it trains without a trainer
+
+A site that names a socket or data is a deployed one: nothing of its machine but answers goes to the server,
+and it trains no longer than the server waits.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from typing import TYPE_CHECKING
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fl_client.discreet import described_for_server, reason_for_server
 from fl_client.questions import OWN_KEYS, Answer, Question, Scalar, of_lone_site
 from fl_client.thin import ask_trainer, trainer_listens
 from vblora.errors import RunError
@@ -34,6 +39,7 @@ Answers = Callable[[Sequence[Question]], Iterable[Answer]]
 
 ONE_OBJECT = 1 << 20  # bytes of a blob that travels in one piece
 CLIENT_APP_RAISED = 2  # flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+SPARE, LEAST_SPARE = 0.1, 15.0  # share and seconds of the server's patience that are kept to send the answer
 
 log = logging.getLogger("flwr.fedvb")
 app = ClientApp()
@@ -74,7 +80,7 @@ def handle(
         answers: who answers; None is the trainer of the node, or the site that run and node describe, opened
             once and kept.
     """
-    answers = answers or _answers(contexts[0])
+    answers = answers or _answers(contexts[0], messages[0].metadata.ttl)
     pairs = zip(messages, contexts, strict=True)
     asked = {_client(context): (message, _name(context)) for message, context in pairs}
     for found in answers([_question(client, message) for client, (message, _) in asked.items()]):
@@ -82,39 +88,70 @@ def handle(
         yield _reply(message, name, found)
 
 
-def _answers(context: Context) -> Answers:
-    node, run = context.node_config, context.run_config
+def _answers(context: Context, patience: float) -> Answers:
+    """Who answers for a node, to a server that waits for so many seconds."""
+    node, run = context.node_config, dict(context.run_config)
     own = {name: value for name, value in node.items() if name in OWN_KEYS}
     if "socket" in node:
         socket = Path(str(node["socket"]))
         if trainer_listens(socket):
-            return partial(_from_trainer, socket, dict(run))
+            return partial(_from_trainer, socket, run, patience)
         if "data" not in own:  # never read what the server names instead
-            raise RunError(
-                f"socket {socket}: no trainer answers; start one with fedvb trainer --socket {socket}, or "
-                "name data and model with --node-config, to train without one"
-            )
+            log.error("no trainer answers at %s; start one, or give fedvb site --data and --model", socket)
+            return _no_trainer
         log.warning("no trainer at %s: training in this process", socket)
+    if "data" in own:
+        return partial(_in_this_process, {**run, **own}, context, patience)
     # Torch and all that needs it, only where there is no trainer.
     from fl_client.opening import open_site
     from fl_client.serve import answer
     from fl_client.settings import SiteSettings
 
-    if "data" not in own:
-        settings = SiteSettings.from_run_config({**run, **own})
-        return partial(answer, open_site(_with_state(settings, context)))
-    settings = SiteSettings.from_run_config({**run, **own, "clients": 1, "partition": "iid"})
-    site = open_site(_with_state(settings, context))
-    return lambda questions: (
-        _as_asked(question, found)
-        for question in questions
-        for found in answer(site, [of_lone_site(question)])
-    )
+    settings = SiteSettings.from_run_config({**run, **own})
+    return partial(answer, open_site(_with_state(settings, context)))
 
 
-def _from_trainer(socket: Path, run: dict[str, Scalar], questions: Sequence[Question]) -> Iterator[Answer]:
+def _from_trainer(
+    socket: Path, run: dict[str, Scalar], patience: float, questions: Sequence[Question]
+) -> Iterator[Answer]:
     for question in questions:
-        yield _as_asked(question, ask_trainer(socket, question, run))
+        asked = _in_time(question, patience)
+        yield _as_asked(question, ask_trainer(socket, asked, run, patience))
+
+
+def _no_trainer(questions: Sequence[Question]) -> Iterator[Answer]:
+    for question in questions:
+        yield Answer(question.client, error="trainer: none runs at this site")
+
+
+def _in_this_process(
+    config: dict[str, Scalar], context: Context, patience: float, questions: Sequence[Question]
+) -> Iterator[Answer]:
+    """What a trainer does, without one: the site is opened for every process anew."""
+    from fl_client.opening import open_site
+    from fl_client.serve import answer
+    from fl_client.settings import SiteSettings
+
+    for question in questions:
+        try:
+            settings = SiteSettings.from_run_config({**config, "clients": 1, "partition": "iid"})
+            site = open_site(_with_state(settings, context))
+            found = next(answer(site, [_in_time(of_lone_site(question), patience)]))
+            if question.kind == "describe":
+                found = replace(found, text=described_for_server(found.text))
+        except Exception as error:  # Flower would send what it says
+            log.exception("%s: failed", question.kind)
+            found = Answer(0, error=reason_for_server(error))
+        yield _as_asked(question, found)
+
+
+def _in_time(question: Question, patience: float) -> Question:
+    """A question to train for no longer than leaves time to send the answer."""
+    if question.kind != "train":
+        return question
+    spare = max(SPARE * patience, min(LEAST_SPARE, patience / 2))
+    given = float(question.config.get("seconds", 0)) or patience
+    return replace(question, config={**question.config, "seconds": min(given, patience - spare)})
 
 
 def _as_asked(question: Question, found: Answer) -> Answer:

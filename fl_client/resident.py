@@ -6,11 +6,10 @@ adapter is put into a base for good, so a run with another one has the base load
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +17,56 @@ import torch
 
 from fl_client.assembly import Texts, assemble
 from fl_client.base import Base
+from fl_client.discreet import described_for_server
 from fl_client.opening import load_parts
 from fl_client.questions import Answer, Question, Scalar, of_lone_site
 from fl_client.serve import answer
 from fl_client.settings import SiteSettings
 from fl_client.site import OnStep, Site
-from vblora.errors import ConfigError, RunError
+from vblora.errors import ConfigError, DataError, raise_faults
 
-__all__ = ["Resident"]
+__all__ = ["Budget", "Resident"]
 
 WITHOUT_LOADING = ("local", "personal", "hazards", "wire")  # settings that a loaded site can take on
 
 log = logging.getLogger("fedvb.trainer")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a site gives to a round at most, whatever the run asks; then it sends what it has.
+
+    0 sets no limit.
+
+    Attributes:
+        seconds: of training.
+        steps: local steps.
+    """
+
+    seconds: float = 0.0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        raise_faults("trainer", self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        if not 0 <= self.seconds < float("inf"):
+            yield f"--train-seconds is {self.seconds}, expected 0 (no limit) or more"
+        if self.steps < 0:
+            yield f"--max-steps is {self.steps}, expected 0 (no limit) or more"
+
+    def question(self, asked: Question) -> Question:
+        """A question to train with no more seconds than are given."""
+        given = [value for value in (self.seconds, float(asked.config.get("seconds", 0))) if value]
+        if asked.kind != "train" or not given:
+            return asked
+        return replace(asked, config={**asked.config, "seconds": min(given)})
+
+    def settings(self, asked: SiteSettings) -> SiteSettings:
+        """Settings with no more local steps than are given."""
+        if not self.steps or asked.local.steps <= self.steps:
+            return asked
+        return replace(asked, local=replace(asked.local, steps=self.steps))
 
 
 class Resident:
@@ -38,14 +75,16 @@ class Resident:
     Args:
         own: options that the site sets, by their names in a run config; they win over a run's.
         state: folder of what must outlive a message.
+        budget: of a round.
 
     Attributes:
         bases_loaded: how often a base was loaded.
         device: of the base; None before one is loaded.
     """
 
-    def __init__(self, own: Mapping[str, Scalar], state: Path) -> None:
+    def __init__(self, own: Mapping[str, Scalar], state: Path, budget: Budget | None = None) -> None:
         self.own = dict(own)
+        self._budget = budget or Budget()
         self.bases_loaded = 0
         self.device: torch.device | None = None
         self._state = state
@@ -64,17 +103,23 @@ class Resident:
     def answer(self, question: Question, run: Mapping[str, Scalar], on_step: OnStep | None = None) -> Answer:
         """Answer a question of a run.
 
+        Args:
+            question: for the one client of the site.
+            run: the run config.
+            on_step: told the local steps, or the batches of an evaluation.
+
         Raises:
             FedVBError: the run does not fit the site, or its message is damaged.
         """
         site = self._site_for(self._settings_for(run))
-        found = next(answer(site, [of_lone_site(question)], on_step))
-        return replace(found, text=_without_paths(found.text)) if question.kind == "describe" else found
+        asked = self._budget.question(of_lone_site(question))
+        found = next(answer(site, [asked], on_step, on_step))
+        return replace(found, text=described_for_server(found.text)) if asked.kind == "describe" else found
 
     def _settings_for(self, run: Mapping[str, Scalar]) -> SiteSettings:
         for name in ("labels", "task"):
             ours, theirs = self.own.get(name), run.get(name)
-            if ours and theirs not in (None, "", "auto", ours):
+            if ours and theirs not in (None, "", "auto") and _names(ours) != _names(theirs):
                 raise ConfigError(
                     f"{name}: this site was started with {ours!r:.80}, the run says {theirs!r:.80}; "
                     "agree on one"
@@ -82,7 +127,7 @@ class Resident:
         alone: dict[str, Scalar] = {"start": self.own.get("start", "")}  # a server names no file here
         alone |= {"clients": 1, "partition": "iid", "cohort": 1, "dropout": 0.0, "stragglers": 0.0}
         settings = SiteSettings.from_run_config({**run, **self.own, **alone})
-        return replace(settings, state=str(self._state / "memory"))
+        return self._budget.settings(replace(settings, state=str(self._state / "memory")))
 
     def _site_for(self, settings: SiteSettings) -> Site:
         site = self._site
@@ -122,10 +167,9 @@ class Resident:
         return self._parts
 
 
-def _without_paths(described: str) -> str:
-    """A description for the server: where the site's files lie is nobody else's business."""
-    told = json.loads(described)
-    return json.dumps({**told, **{name: Path(str(told[name])).name for name in ("model", "data")}})
+def _names(given: Scalar | None) -> set[str]:
+    """Names by comma; their order does not matter."""
+    return {name.strip() for name in str(given).split(",")}
 
 
 def _same_parts(one: SiteSettings, other: SiteSettings | None) -> bool:
@@ -138,11 +182,11 @@ def _survey(texts: Texts, max_length: int) -> str:
     """What a site's texts are, on one line.
 
     Raises:
-        RunError: there is nothing to train on.
+        DataError: there is nothing to train on.
     """
     lengths = texts.train.lengths
     if not len(lengths):
-        raise RunError("data: no text to train on")
+        raise DataError("data: no text to train on")
     told = [f"{len(lengths):,} {texts.train.unit}, {len(texts.test):,} held out"]
     if texts.labels:
         counts = np.bincount(texts.train.targets, minlength=len(texts.labels))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from fl_client.tasks import SUMS, Task
 from vblora.model import AdaptedModel
 from vblora.state import State
 
-__all__ = ["CPU_TOKENS", "GPU_TOKENS", "evaluate", "evaluate_cohort"]
+__all__ = ["CPU_TOKENS", "GPU_TOKENS", "OnBatch", "evaluate", "evaluate_cohort"]
+
+OnBatch = Callable[[int, int], object]  # called with (batches done, batches in all)
 
 CPU_TOKENS, GPU_TOKENS = 1 << 10, 1 << 14  # of a batch: what keeps a CPU's caches, or a GPU, busy
 
@@ -25,9 +28,11 @@ def evaluate(
     *,
     batch_tokens: int | None = None,
     pad: int = 0,
+    on_batch: OnBatch | None = None,
 ) -> dict[str, float]:
     """Sums of the task's metrics over `examples` under one state: `evaluate_cohort` of one."""
-    return evaluate_cohort(model, task, [state], [examples], batch_tokens=batch_tokens, pad=pad)[0]
+    options: Any = {"batch_tokens": batch_tokens, "pad": pad, "on_batch": on_batch}
+    return evaluate_cohort(model, task, [state], [examples], **options)[0]
 
 
 @torch.no_grad()
@@ -39,6 +44,7 @@ def evaluate_cohort(
     *,
     batch_tokens: int | None = None,
     pad: int = 0,
+    on_batch: OnBatch | None = None,
 ) -> list[dict[str, float]]:
     """Sums of the task's metrics of C clients, zeros for one without texts; batched by length.
 
@@ -49,6 +55,7 @@ def evaluate_cohort(
         parts: the texts of each.
         batch_tokens: of all clients together in a batch, at most; None takes what suits the device.
         pad: token id of padding.
+        on_batch: told the batches; it may raise, and what it says does not count.
     """
     most = batch_tokens or (CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS)
     plans = [by_length(examples, max(1, most // len(parts))) for examples in parts]
@@ -56,13 +63,16 @@ def evaluate_cohort(
     nothing = np.empty(0, np.int64)
     model.bind(model.load(*states))
     try:
-        for step in range(max(map(len, plans))):
+        steps = max(map(len, plans))
+        for step in range(steps):
             rows = [plan[step] if step < len(plan) else nothing for plan in plans]
             batch = collate(list(zip(parts, rows, strict=True)), pad, model.device)
             logits = model(**batch.inputs).logits.chunk(len(parts))
             for own, its_logits, its_batch in zip(sums, logits, batch.chunk(len(parts)), strict=True):
                 for name, value in task.sums(its_logits, its_batch).items():
                     own[name] += value
+            if on_batch is not None:
+                on_batch(step + 1, steps)
     finally:
         model.unbind()
     return sums

@@ -21,19 +21,25 @@ from vblora.wire import decode_state, encode_update
 __all__ = ["NEED_STATE", "Answer", "Question", "answer"]
 
 
-def answer(site: Site, questions: Sequence[Question], on_step: OnStep | None = None) -> Iterator[Answer]:
+def answer(
+    site: Site,
+    questions: Sequence[Question],
+    on_step: OnStep | None = None,
+    on_batch: OnStep | None = None,
+) -> Iterator[Answer]:
     """Answer questions of one kind, one answer each; training is done in cohorts, the rest one by one.
 
     Args:
         site: serves all the clients that are asked.
         questions: of one kind and, for training, with one state and config.
         on_step: told the local steps while training.
+        on_batch: told the batches while evaluating.
     """
     kind = questions[0].kind if questions else ""
     if kind == "train":
         yield from _train(site, questions, on_step)
     elif kind == "evaluate":
-        yield from _evaluate(site, questions)
+        yield from _evaluate(site, questions, on_batch)
     else:
         for question in questions:
             text = _hello(site, question.client) if kind == "hello" else site.describe()
@@ -76,7 +82,7 @@ def _train(site: Site, questions: Sequence[Question], on_step: OnStep | None) ->
         yield Answer(client, _rounded(site, memory, client, reference, update, silent), metrics)
 
 
-def _evaluate(site: Site, questions: Sequence[Question]) -> Iterator[Answer]:
+def _evaluate(site: Site, questions: Sequence[Question], on_batch: OnStep | None) -> Iterator[Answer]:
     """Scores on shards of the common held-out texts, and where asked each client's own, in cohorts."""
     states: dict[int, State] = {}
     for question in questions:
@@ -87,11 +93,11 @@ def _evaluate(site: Site, questions: Sequence[Question]) -> Iterator[Answer]:
             states[question.client] = state
     asked = {question.client: question.config for question in questions if question.client in states}
     sums = {
-        client: site.evaluate(states[client], int(config["shard"]), int(config["shards"]))
+        client: site.evaluate(states[client], int(config["shard"]), int(config["shards"]), on_batch)
         for client, config in asked.items()
         if "shards" in config
     }
-    own = _own_sums(site, states, asked, sums)
+    own = _own_sums(site, states, asked, sums, on_batch)
     for client, config in asked.items():
         told, why = {**sums.get(client, {}), **own.get(client, {})}, ""
         if count := int(config.get("generate", 0)):
@@ -107,6 +113,7 @@ def _own_sums(
     states: Mapping[int, State],
     asked: Mapping[int, Mapping[str, Scalar]],
     sums: Mapping[int, Mapping[str, float]],
+    on_batch: OnStep | None,
 ) -> dict[int, dict[str, float]]:
     """Sums over their own texts, of the clients that are asked for them."""
     own = {
@@ -115,17 +122,11 @@ def _own_sums(
         if config.get("own")
     }
     found: dict[int, Mapping[str, float]] = {}
-    for (
-        client,
-        state,
-    ) in own.items():  # a site of its own has scored all its texts already, if with this state
-        if (
-            client in sums
-            and state is states[client]
-            and int(asked[client]["shards"]) == len(site.parts) == 1
-        ):
+    for client, state in own.items():  # a site of its own has scored all its texts, if with this state
+        scored = client in sums and state is states[client]
+        if scored and int(asked[client]["shards"]) == len(site.parts) == 1:
             found[client] = sums[client]
-    found.update(site.evaluate_own({client: own[client] for client in own if client not in found}))
+    found.update(site.evaluate_own({client: own[client] for client in own if client not in found}, on_batch))
     return {
         client: {name.replace("eval-", "own-"): value for name, value in its.items()}
         for client, its in found.items()

@@ -144,12 +144,17 @@ class Site:
         fates = {client: self.fate(round_number, client) for client in clients}
         return _by_work(self._shapes({client: fate.steps for client, fate in fates.items()}, round_number))
 
-    def evaluate(self, state: State, index: int, shards: int) -> dict[str, float]:
+    def evaluate(
+        self, state: State, index: int, shards: int, on_batch: OnStep | None = None
+    ) -> dict[str, float]:
         """Sums of the task's metrics over one of `shards` parts of the held-out texts."""
         rows = shard(len(self.test), index, shards)
-        return evaluate(self.model, self.task, state, self.test.take(rows), pad=self.pad)
+        texts = self.test.take(rows)
+        return evaluate(self.model, self.task, state, texts, pad=self.pad, on_batch=on_batch)
 
-    def evaluate_own(self, states: Mapping[int, State]) -> Iterator[tuple[int, dict[str, float]]]:
+    def evaluate_own(
+        self, states: Mapping[int, State], on_batch: OnStep | None = None
+    ) -> Iterator[tuple[int, dict[str, float]]]:
         """Sums of the task's metrics over each client's own held-out texts, under its own state."""
         lengths = self.test.lengths
         shapes = {client: _as_one_batch(lengths[self.own[client]]) for client in states}
@@ -161,6 +166,7 @@ class Site:
                 [states[client] for client in clients],
                 [self.test.take(self.own[client]) for client in clients],
                 pad=self.pad,
+                on_batch=on_batch,
             )
 
         ordered = _by_work(shapes)

@@ -23,9 +23,10 @@ __all__ = [
     "to_wire",
     "trainer_listens",
     "trainer_status",
+    "watch_trainer",
 ]
 
-PROTOCOL = 1  # raised with every change of trainer.proto or of what it means
+PROTOCOL = 2  # raised with every change of trainer.proto or of what it means
 LONGEST_PATH = 107  # bytes of the address of a Unix socket
 OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
@@ -55,13 +56,16 @@ def trainer_listens(path: Path) -> bool:
     return True
 
 
-def ask_trainer(path: Path, question: Question, run: Mapping[str, Scalar]) -> Answer:
+def ask_trainer(
+    path: Path, question: Question, run: Mapping[str, Scalar], seconds: float | None = None
+) -> Answer:
     """Hand a question to the trainer and wait for its answer; what fails is in `Answer.error`.
 
     Args:
         path: of its socket.
         question: for the one client of its site.
         run: the run config.
+        seconds: after which nobody wants the answer any more; None waits for ever.
     """
     asked = pb.Question(
         protocol=PROTOCOL,
@@ -72,9 +76,9 @@ def ask_trainer(path: Path, question: Question, run: Mapping[str, Scalar]) -> An
     )
     try:
         with _stub(path) as stub:
-            found: pb.Answer = stub.Ask(asked)
+            found: pb.Answer = stub.Ask(asked, timeout=seconds)
     except grpc.RpcError as error:
-        return Answer(question.client, error=f"trainer at {path}: {_reason(error)}")
+        return Answer(question.client, error=f"trainer: {_reason(error)}")
     metrics = {name: value for name, value in from_wire(found.metrics).items() if not isinstance(value, str)}
     return Answer(question.client, found.blob, metrics, found.text, found.error)
 
@@ -91,6 +95,19 @@ def trainer_status(path: Path, timeout: float = 5.0) -> pb.TrainerStatus:
     except grpc.RpcError as error:
         raise RunError(f"trainer at {path}: {_reason(error)}") from error
     return found
+
+
+def watch_trainer(path: Path) -> Iterator[pb.TrainerStatus]:
+    """What a trainer holds and does, again with every change, until it ends.
+
+    Raises:
+        RunError: none answers, or it ends.
+    """
+    try:
+        with _stub(path) as stub:
+            yield from stub.Watch(pb.StatusRequest())
+    except grpc.RpcError as error:
+        raise RunError(f"trainer at {path}: {_reason(error)}") from error
 
 
 def to_wire(values: Mapping[str, Scalar]) -> dict[str, pb.Scalar]:
@@ -124,6 +141,11 @@ def _stub(path: Path) -> Iterator[TrainerStub]:
 
 
 def _reason(error: grpc.RpcError) -> str:
-    details = getattr(error, "details", lambda: None)() or "no reason given"
-    unavailable = getattr(error, "code", lambda: None)() is grpc.StatusCode.UNAVAILABLE
-    return "it does not run, or died at work" if unavailable else " ".join(str(details).split())
+    code = getattr(error, "code", lambda: None)()
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return "it does not run, or died at work"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return "it took longer than the server waits"
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return "it is of another version; install the same fed-vblora on both sides and start it again"
+    return " ".join(str(getattr(error, "details", lambda: None)() or "no reason given").split())

@@ -15,14 +15,16 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import torch
 
 from fl_client import trainer_pb2 as pb
+from fl_client.discreet import reason_for_server
 from fl_client.questions import Answer, Question, Scalar
-from fl_client.resident import Resident
+from fl_client.resident import Budget, Resident
 from fl_client.thin import OPTIONS, PROTOCOL, checked_socket, from_wire, to_wire, trainer_listens
 from fl_client.trainer_pb2_grpc import TrainerServicer, add_TrainerServicer_to_server
 from vblora.errors import FedVBError, RunError
@@ -30,7 +32,8 @@ from vblora.errors import FedVBError, RunError
 __all__ = ["run_trainer"]
 
 THREADS = 8  # one works; the others wait, or tell the status
-PATIENCE = 0.2  # seconds between looks at whether a waiting caller still lives
+WATCHERS = 4  # at most: they must leave threads for questions
+PATIENCE = 0.2  # seconds between looks at whether a waiting caller still lives, and between told steps
 TELL_EVERY = 5.0  # seconds between lines about the steps
 GIB = 1 << 30
 
@@ -42,6 +45,7 @@ def run_trainer(
     state: Path,
     socket: Path | None = None,
     expected: Mapping[str, Scalar] | None = None,
+    budget: Budget | None = None,
 ) -> None:
     """Load the site and answer until SIGTERM or Ctrl-C.
 
@@ -50,6 +54,7 @@ def run_trainer(
         state: folder for what must outlive a message; one trainer at a time.
         socket: where to answer; None is trainer.sock in `state`.
         expected: options that the first run is expected to come with, to load by before it comes.
+        budget: of a round.
 
     Raises:
         FedVBError: the site's model or data cannot be used, or another trainer has this folder or socket.
@@ -63,7 +68,7 @@ def run_trainer(
             raise RunError(
                 f"socket {path}: another trainer answers there; give this one a --socket of its own"
             )
-        service = _Service(Resident(own, state), str(own["model"]), str(own["data"]), stopped)
+        service = _Service(Resident(own, state, budget), str(own["model"]), str(own["data"]), stopped)
         server = _listen(
             path, service
         )  # first of all: whoever asks early waits, instead of loading by itself
@@ -91,8 +96,10 @@ class _Service(TrainerServicer):
         self._names = model, data
         self._stopped = stopped
         self._turn = threading.Lock()
+        self._watchers = threading.BoundedSemaphore(WATCHERS)
         self._answered = 0
         self._busy, self._done, self._steps = "", 0, 0
+        self._last = ""
 
     def load(self, expected: Mapping[str, Scalar]) -> None:
         """Load base and texts before the first question is let through."""
@@ -106,11 +113,13 @@ class _Service(TrainerServicer):
                 "the server's version of fed-vblora here and start the trainer again"
             )
         question = Question(0, request.kind, request.blob, from_wire(request.config))
+        came = time.monotonic()
         try:
             self._wait_for_turn(context)
             try:
                 with self._at_work(request.kind):
-                    found = self._answer(question, from_wire(request.run), context)
+                    left = _less(question, time.monotonic() - came)
+                    found = self._answer(left, from_wire(request.run), context)
             finally:
                 self._turn.release()
         except _Stopped:
@@ -131,7 +140,21 @@ class _Service(TrainerServicer):
             steps=self._steps,
             gpu_bytes=now,
             gpu_peak_bytes=peak,
+            last=self._last,
         )
+
+    def Watch(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> Iterator[pb.TrainerStatus]:
+        if not self._watchers.acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{WATCHERS} others watch it already")
+        try:
+            told = None
+            while context.is_active() and not self._stopped.is_set():
+                if (status := self.Status(request, context)) != told:
+                    told = status
+                    yield status
+                self._stopped.wait(PATIENCE)
+        finally:
+            self._watchers.release()
 
     def _answer(self, question: Question, run: Mapping[str, Scalar], context: grpc.ServicerContext) -> Answer:
         number = question.config.get("round")
@@ -152,22 +175,25 @@ class _Service(TrainerServicer):
         try:
             found = self._resident.answer(question, run, on_step)
         except _Stopped:
-            log.warning("%s: dropped at step %d of %d, its caller has gone", what, self._done, self._steps)
+            self._last = f"{what}: dropped at step {self._done} of {self._steps}, its caller has gone"
+            log.warning("%s", self._last)
             raise
         except FedVBError as error:
-            log.warning("%s: refused: %s", what, error)
-            return Answer(0, error=str(error))
+            self._last = f"{what}: refused: {error}"
+            log.warning("%s", self._last)
+            return Answer(0, error=reason_for_server(error))
         except torch.cuda.OutOfMemoryError as error:
             torch.cuda.empty_cache()
-            log.error("%s: out of GPU memory: %s", what, error)
-            return Answer(
-                0, error="out of GPU memory; lower batch-size or max-length, or take a smaller dtype"
-            )
+            self._last = f"{what}: out of GPU memory: {error}"
+            log.error("%s", self._last)
+            return Answer(0, error=reason_for_server(error))
         except Exception as error:  # the next question may well be answered
+            self._last = f"{what}: failed: {type(error).__name__}: {error}"
             log.exception("%s: failed", what)
-            return Answer(0, error=f"trainer: {type(error).__name__}: {error}")
+            return Answer(0, error=reason_for_server(error))
         self._answered += 1
-        log.info("%s", self._account(what, found, time.monotonic() - started))
+        self._last = self._account(what, found, time.monotonic() - started)
+        log.info("%s", self._last)
         return found
 
     def _account(self, what: str, found: Answer, seconds: float) -> str:
@@ -201,6 +227,14 @@ class _Service(TrainerServicer):
             yield
         finally:
             self._busy = ""
+
+
+def _less(question: Question, waited: float) -> Question:
+    """A question whose seconds began to run when it came."""
+    seconds = float(question.config.get("seconds", 0))
+    if not seconds:
+        return question
+    return replace(question, config={**question.config, "seconds": max(1e-3, seconds - waited)})
 
 
 def _listen(path: Path, service: _Service) -> grpc.Server:

@@ -70,7 +70,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TrainerStatus(_message.Message):
-    __slots__ = ("protocol", "pid", "model", "data", "bases_loaded", "answered", "busy", "done", "steps", "gpu_bytes", "gpu_peak_bytes")
+    __slots__ = ("protocol", "pid", "model", "data", "bases_loaded", "answered", "busy", "done", "steps", "gpu_bytes", "gpu_peak_bytes", "last")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +82,7 @@ class TrainerStatus(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     GPU_BYTES_FIELD_NUMBER: _ClassVar[int]
     GPU_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     pid: int
     model: str
@@ -93,4 +94,5 @@ class TrainerStatus(_message.Message):
     steps: int
     gpu_bytes: int
     gpu_peak_bytes: int
-    def __init__(self, protocol: _Optional[int] = ..., pid: _Optional[int] = ..., model: _Optional[str] = ..., data: _Optional[str] = ..., bases_loaded: _Optional[int] = ..., answered: _Optional[int] = ..., busy: _Optional[str] = ..., done: _Optional[int] = ..., steps: _Optional[int] = ..., gpu_bytes: _Optional[int] = ..., gpu_peak_bytes: _Optional[int] = ...) -> None: ...
+    last: str
+    def __init__(self, protocol: _Optional[int] = ..., pid: _Optional[int] = ..., model: _Optional[str] = ..., data: _Optional[str] = ..., bases_loaded: _Optional[int] = ..., answered: _Optional[int] = ..., busy: _Optional[str] = ..., done: _Optional[int] = ..., steps: _Optional[int] = ..., gpu_bytes: _Optional[int] = ..., gpu_peak_bytes: _Optional[int] = ..., last: _Optional[str] = ...) -> None: ...

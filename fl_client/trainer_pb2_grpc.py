@@ -44,6 +44,11 @@ class TrainerStub:
                 request_serializer=fl__client_dot_trainer__pb2.StatusRequest.SerializeToString,
                 response_deserializer=fl__client_dot_trainer__pb2.TrainerStatus.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/fedvb.trainer.Trainer/Watch',
+                request_serializer=fl__client_dot_trainer__pb2.StatusRequest.SerializeToString,
+                response_deserializer=fl__client_dot_trainer__pb2.TrainerStatus.FromString,
+                _registered_method=True)
 
 
 class TrainerServicer:
@@ -63,6 +68,13 @@ class TrainerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """The same, again with every change, until the caller leaves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,6 +85,11 @@ def add_TrainerServicer_to_server(servicer, server):
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
+                    request_deserializer=fl__client_dot_trainer__pb2.StatusRequest.FromString,
+                    response_serializer=fl__client_dot_trainer__pb2.TrainerStatus.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
                     request_deserializer=fl__client_dot_trainer__pb2.StatusRequest.FromString,
                     response_serializer=fl__client_dot_trainer__pb2.TrainerStatus.SerializeToString,
             ),
@@ -129,6 +146,33 @@ class Trainer:
             request,
             target,
             '/fedvb.trainer.Trainer/Status',
+            fl__client_dot_trainer__pb2.StatusRequest.SerializeToString,
+            fl__client_dot_trainer__pb2.TrainerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fedvb.trainer.Trainer/Watch',
             fl__client_dot_trainer__pb2.StatusRequest.SerializeToString,
             fl__client_dot_trainer__pb2.TrainerStatus.FromString,
             options,

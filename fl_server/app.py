@@ -15,7 +15,7 @@ from fl_server.config_file import require_same_config, save_config
 from fl_server.events import EventLog, Several
 from fl_server.exchange import Kind, Reply, Request, client_order
 from fl_server.history import History
-from fl_server.observer import LogObserver
+from fl_server.observer import LogObserver, Observer
 from fl_server.plot import plot_score
 from fl_server.rounds import run_rounds
 from fl_server.settings import ServerSettings
@@ -32,6 +32,7 @@ MESSAGE_TYPES: Mapping[Kind, str] = {
     "evaluate": "evaluate",
 }
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.02, 3.0  # between polls, seconds; Flower's own grid polls every 3
+PATIENCE, TELL_EVERY = 5.0, 60.0  # seconds before it says that it waits for clients, and says it again
 GREETING_SECONDS = 60.0  # for a node that comes during a run to tell its name
 MAX_REASON, MAX_NAME = 500, 64  # characters of what clients say
 
@@ -47,7 +48,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds and leave a whole run directory. A grid may bring its own `observer`, who hears all."""
-    observer = getattr(grid, "observer", None)
+    own = getattr(grid, "observer", None)
     try:
         settings = ServerSettings.from_run_config(context.run_config)
         out = Path(settings.out)
@@ -55,11 +56,12 @@ def main(grid: Grid, context: Context) -> None:
         if settings.resume:
             require_same_config(out, context.run_config)
         save_config(out, context.run_config)
-        exchange = GridExchange.meet(grid, settings.clients, settings.wait_seconds)
-        run_rounds(exchange, settings, Several(observer or LogObserver(log), EventLog(out)))
+        observer = Several(own or LogObserver(log), EventLog(out))
+        exchange = GridExchange.meet(grid, settings.clients, settings.wait_seconds, observer)
+        run_rounds(exchange, settings, observer)
         plot_score([out], out / "score.png")
-    except FedVBError as error:
-        if observer is None:  # else who brought it tells
+    except (FedVBError, OSError) as error:  # a full disk, a folder that cannot be written to
+        if own is None:  # else who brought it tells
             log.error("%s", error)
         raise
 
@@ -80,7 +82,9 @@ class GridExchange:
         self._hellos = dict(hellos)
 
     @classmethod
-    def meet(cls, grid: Grid, count: int, wait_seconds: float) -> GridExchange:
+    def meet(
+        cls, grid: Grid, count: int, wait_seconds: float, observer: Observer | None = None
+    ) -> GridExchange:
         """Wait for `count` nodes and learn the names of their clients: node ids are random, names are not.
 
         A node that does not tell its name is called `node-ID`. Of more clients the first `count` take part.
@@ -90,7 +94,8 @@ class GridExchange:
         """
         nodes: dict[str, int] = {}
         hellos: dict[str, Reply] = {}
-        for node, name, reply in _greet(grid, _wait_for_nodes(grid, count, wait_seconds), wait_seconds):
+        present = _wait_for_nodes(grid, count, wait_seconds, observer)
+        for node, name, reply in _greet(grid, present, wait_seconds):
             if name in nodes:
                 raise RunError(
                     f"nodes {nodes[name]} and {node} both say that they are client {name}; "
@@ -148,15 +153,20 @@ def _greet(grid: Grid, ids: Sequence[int], seconds: float) -> Iterator[tuple[int
         yield node, name, reply and Reply(name, reply.blob, reply.metrics, reply.text, reply.error)
 
 
-def _wait_for_nodes(grid: Grid, count: int, wait_seconds: float) -> list[int]:
+def _wait_for_nodes(grid: Grid, count: int, wait_seconds: float, observer: Observer | None) -> list[int]:
     # Flower starts the ServerApp before its nodes have registered, and would sample from those it sees.
-    deadline = time.monotonic() + wait_seconds
+    started = time.monotonic()
+    deadline, told = started + wait_seconds, started - TELL_EVERY + PATIENCE
     while len(ids := sorted(grid.get_node_ids())) < count:
-        if time.monotonic() >= deadline:
+        now = time.monotonic()
+        if now >= deadline:
             raise RunError(
                 f"{len(ids)} of {count} clients came within {wait_seconds:g} seconds; start the others, "
                 "raise wait-seconds, or lower clients"
             )
+        if observer is not None and now - told >= TELL_EVERY:
+            told = now
+            observer.waiting(f"{len(ids)} of {count} clients have come", deadline - now)
         time.sleep(0.2)
     return ids
 

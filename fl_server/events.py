@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,16 +19,19 @@ __all__ = ["EVENTS_FILE", "EventLog", "Several"]
 
 EVENTS_FILE = "events.jsonl"
 
+log = logging.getLogger("flwr.fedvb")  # below Flower's logger, whose handlers show it
+
 
 class EventLog:
     """An observer that appends to a run's `events.jsonl`. The file tells of a run, but nothing reads it to go
-    on: a line lost with the machine is no loss.
+    on: a line that cannot be written ends no run.
 
     Every line has `time` (UTC, ISO 8601) and `event`, the name of the observer's method.
     """
 
     def __init__(self, out: Path) -> None:
         self._path = out / EVENTS_FILE
+        self._failed = False
 
     def run_started(
         self, settings: ServerSettings, roster: Roster, task: Task, done: Sequence[Record]
@@ -46,8 +50,8 @@ class EventLog:
     def round_started(self, number: int, clients: Sequence[str]) -> None:
         self._write("round_started", round=number, clients=list(clients))
 
-    def reply_received(self, number: int, kind: Kind, client: str, fault: str) -> None:
-        self._write("reply_received", round=number, kind=kind, client=client, fault=fault)
+    def reply_received(self, number: int, kind: Kind, client: str, fault: str, size: int = 0) -> None:
+        self._write("reply_received", round=number, kind=kind, client=client, fault=fault, size=size)
 
     def client_dropped(self, number: int, client: str, reason: str) -> None:
         self._write("client_dropped", round=number, client=client, reason=reason)
@@ -67,8 +71,13 @@ class EventLog:
     def _write(self, event: str, **values: Any) -> None:
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": time, "event": event, **values}, allow_nan=False)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            if not self._failed:
+                log.warning("%s: cannot be written (%s)", self._path, error.strerror)
+            self._failed = True
 
 
 class Several:
@@ -87,9 +96,9 @@ class Several:
         for observer in self._observers:
             observer.round_started(number, clients)
 
-    def reply_received(self, number: int, kind: Kind, client: str, fault: str) -> None:
+    def reply_received(self, number: int, kind: Kind, client: str, fault: str, size: int = 0) -> None:
         for observer in self._observers:
-            observer.reply_received(number, kind, client, fault)
+            observer.reply_received(number, kind, client, fault, size)
 
     def client_dropped(self, number: int, client: str, reason: str) -> None:
         for observer in self._observers:

@@ -1,35 +1,39 @@
-"""Keys of a federation: an authority, the server's certificate, and a key for every node.
+"""The folder of a federation's keys: an authority, the server's certificate, and a key for every node.
 
-Made with `cryptography`, in the forms that Flower reads: PEM for TLS, OpenSSH for the nodes.
+What is there is kept; what is missing is made, also where an earlier call was cut off between two files.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
+from datetime import UTC, datetime
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
+from fl_server.certificates import (
+    authority_certificate,
+    certificate_hosts,
+    host_name,
+    is_signed_by,
+    new_key,
+    node_private,
+    node_public,
+    pem,
+    read_certificate,
+    read_key,
+    read_node_key,
+    server_certificate,
 )
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
 from vblora.errors import ConfigError, RunError
 
-__all__ = ["CONNECTION", "Keys", "make_keys"]
+__all__ = ["CONNECTION", "Keys", "check_node_keys", "check_server_keys", "make_keys"]
 
 CONNECTION = "fedvb"  # what the connection is called in Flower's config.toml
-DAYS_CA, DAYS_SERVER = 3650, 825
+OWN_HOSTS = ("localhost", "127.0.0.1", "::1")  # the server's own processes call it by these
+PORT = 8000
 MOST_NODES = 10_000
 
 
@@ -39,7 +43,7 @@ class Keys:
 
     Attributes:
         folder: of all files.
-        made: names of those that were made now; what was there is kept.
+        made: names of those that were written now.
         nodes: numbers of the nodes that have a key.
         hosts: that the server's certificate is good for.
     """
@@ -50,159 +54,171 @@ class Keys:
     hosts: tuple[str, ...]
 
 
-def make_keys(folder: Path, nodes: int, hosts: Sequence[str], port: int = 8000) -> Keys:
+def make_keys(folder: Path, nodes: int, hosts: Sequence[str] = (), port: int | None = None) -> Keys:
     """Make what is missing in a folder: ca.key, ca.crt, server.key, server.pem, node-1 to node-N, their .pub,
     and `flwr/config.toml`, a home for Flower's commands that knows the server by its first host.
+
+    ca.key is needed for a new server certificate alone; it may lie elsewhere otherwise.
 
     Args:
         folder: the private parts of it are readable by their owner alone.
         nodes: how many there are to be in all; a later call with more adds the new ones.
-        hosts: names and addresses that nodes call the server by.
-        port: of the server.
+        hosts: names and addresses that nodes call the server by; none keeps those that are there, or takes
+            this machine's own. Its own are always among them: a run's ServerApp calls it so.
+        port: of the server; None keeps what is there, or takes 8000.
 
     Raises:
-        ConfigError: no node, too many, or no host.
-        RunError: the folder holds a part of an authority, or a certificate for other hosts.
+        ConfigError: no node, too many, or an empty host.
+        RunError: a part is missing that cannot be made, or a certificate is for other hosts.
     """
     if not 1 <= nodes <= MOST_NODES:
         raise ConfigError(f"--nodes is {nodes}, expected 1 to {MOST_NODES}")
-    if not hosts or not all(host.strip() for host in hosts):
-        raise ConfigError("--host: no name or address of the server given")
+    if not all(host.strip() for host in hosts):
+        raise ConfigError("--host: an empty name, expected a name or address of the server")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     made: list[str] = []
-    authority = _authority(folder, made)
-    _server(folder, authority, tuple(hosts), made)
+    good_for = _server(folder, hosts, made)
     for number in range(1, nodes + 1):
         _node(folder, number, made)
-    config = (
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{_address(hosts[0])}:'
-        f'{port}"\nroot-certificates = "{(folder / "ca.crt").absolute()}"\n'
-    )
-    _write(folder / "flwr" / "config.toml", config.encode(), made, private=False)
-    return Keys(folder, tuple(made), tuple(range(1, nodes + 1)), tuple(hosts))
+    _connection(folder, hosts, port, made)
+    return Keys(folder, tuple(made), tuple(range(1, nodes + 1)), good_for)
 
 
-def _authority(folder: Path, made: list[str]) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    key_file, file = folder / "ca.key", folder / "ca.crt"
-    if key_file.exists() != file.exists():
+def check_server_keys(folder: Path) -> datetime:
+    """See that a server can be started with a folder of keys.
+
+    Returns:
+        When its certificate ends.
+
+    Raises:
+        RunError: a file is missing or damaged, they do not belong together, or the certificate has ended.
+    """
+    authority = read_certificate(*_content(folder / "ca.crt"))
+    certificate = read_certificate(*_content(folder / "server.pem"))
+    key = read_key(*_content(folder / "server.key"))
+    if certificate.public_key() != key.public_key():
         raise RunError(
-            f"{folder}: ca.key and ca.crt go together, found one; restore it, or choose another --out"
+            f"{folder}: server.key is not the key of server.pem; remove both and call fedvb keys again"
         )
-    if file.exists():
-        key = load_pem_private_key(key_file.read_bytes(), None)
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
-        return key, x509.load_pem_x509_certificate(file.read_bytes())
-    key = ec.generate_private_key(ec.SECP384R1())
-    name = _name("fed-vblora authority")
-    builder = (
-        _builder(name, name, key.public_key(), DAYS_CA)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(authority=True), critical=True)
-    )
-    certificate = builder.sign(key, hashes.SHA384())
-    _write(key_file, _pem(key), made)
-    _write(file, certificate.public_bytes(Encoding.PEM), made, private=False)
-    return key, certificate
+    if not is_signed_by(certificate, authority):
+        raise RunError(f"{folder}: ca.crt is not the authority that signed server.pem; bring the right one")
+    if certificate.not_valid_after_utc <= datetime.now(UTC):
+        raise RunError(
+            f"{folder}: server.pem ended on {certificate.not_valid_after_utc:%Y-%m-%d}; remove it and call "
+            "fedvb keys again, with ca.key"
+        )
+    return certificate.not_valid_after_utc
 
 
-def _server(
-    folder: Path,
-    authority: tuple[ec.EllipticCurvePrivateKey, x509.Certificate],
-    hosts: tuple[str, ...],
-    made: list[str],
-) -> None:
-    file = folder / "server.pem"
-    names = x509.SubjectAlternativeName([_host(host) for host in hosts])
+def check_node_keys(key: Path, authority: Path) -> None:
+    """See that a node can be started with its private key and the authority's certificate.
+
+    Raises:
+        RunError: one of them is missing, or not what it is named as.
+    """
+    read_node_key(*_content(key))
+    read_certificate(*_content(authority))
+
+
+# --- Making --------------------------------------------------------------------------
+
+
+def _server(folder: Path, hosts: Sequence[str], made: list[str]) -> tuple[str, ...]:
+    """The server's certificate, of an authority that is made with it; gives the hosts it is good for."""
+    file, key_file = folder / "server.pem", folder / "server.key"
     if file.exists():
-        there = x509.load_pem_x509_certificate(file.read_bytes())
-        found = there.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        if missing := [str(name.value) for name in names if name not in list(found)]:
+        for part in (key_file, folder / "ca.crt"):
+            if not part.exists():
+                raise RunError(
+                    f"{folder}: has server.pem but no {part.name}; restore it, or remove server.pem"
+                )
+        certificate = read_certificate(*_content(file))
+        good_for = certificate_hosts(certificate)
+        if missing := [host for host in hosts if str(host_name(host).value) not in good_for]:
             raise RunError(
-                f"{file}: is for other hosts than {', '.join(missing)}; remove server.pem and server.key to "
-                "have them made anew, by the same authority"
+                f"{file}: is for other hosts than {', '.join(missing)}; remove server.pem to have it made "
+                "anew, by the same authority"
             )
-        return
-    issuer_key, issuer = authority
-    key = ec.generate_private_key(ec.SECP384R1())
-    builder = (
-        _builder(_name("fed-vblora server"), issuer.subject, key.public_key(), DAYS_SERVER)
-        .add_extension(names, critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(authority=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False
-        )
+        return good_for
+    authority_key_file, authority_file = folder / "ca.key", folder / "ca.crt"
+    if authority_file.exists() and not authority_key_file.exists():
+        raise RunError(f"{folder}: a new server.pem needs ca.key; bring it back, or choose another --out")
+    if not authority_key_file.exists():
+        _write(authority_key_file, pem(new_key()), made)
+    authority_key = read_key(*_content(authority_key_file))
+    if not authority_file.exists():
+        _write(authority_file, pem(authority_certificate(authority_key)), made, private=False)
+    if not key_file.exists():
+        _write(key_file, pem(new_key()), made)
+    certificate = server_certificate(
+        read_key(*_content(key_file)),
+        tuple(dict.fromkeys([*hosts, *OWN_HOSTS])),
+        authority_key,
+        read_certificate(*_content(authority_file)),
     )
-    certificate = builder.sign(issuer_key, hashes.SHA384())
-    _write(folder / "server.key", _pem(key), made)
-    _write(file, certificate.public_bytes(Encoding.PEM), made, private=False)
+    _write(file, pem(certificate), made, private=False)
+    return certificate_hosts(certificate)
 
 
 def _node(folder: Path, number: int, made: list[str]) -> None:
     file = folder / f"node-{number}"
-    if file.exists():
-        return
-    key = ec.generate_private_key(ec.SECP384R1())
-    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    _write(file, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), made)
-    _write(folder / f"node-{number}.pub", public + f" {file.name}\n".encode(), made, private=False)
+    if not file.exists():
+        _write(file, node_private(new_key()), made)
+    public = folder / f"{file.name}.pub"
+    if not public.exists():
+        _write(public, node_public(read_node_key(*_content(file)), file.name), made, private=False)
 
 
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))  # clocks differ
-        .not_valid_after(now + timedelta(days=days))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+def _connection(folder: Path, hosts: Sequence[str], port: int | None, made: list[str]) -> None:
+    """Flower's home: where its commands find the server. Written anew where it says something else."""
+    file = folder / "flwr" / "config.toml"
+    known = _known_address(file)
+    host = f"[{hosts[0]}]" if hosts and ":" in hosts[0] else next(iter(hosts), known[0])
+    content = (
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{host}:'
+        f'{port or known[1]}"\nroot-certificates = "{(folder / "ca.crt").absolute()}"\n'
     )
+    if not file.exists() or file.read_text() != content:
+        _write(file, content.encode(), made, private=False)
 
 
-def _usage(*, authority: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=True,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=authority,
-        crl_sign=authority,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _name(common: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-
-
-def _host(host: str) -> x509.GeneralName:
+def _known_address(file: Path) -> tuple[str, int]:
+    """Host and port in Flower's config, as they were written by an earlier call."""
     try:
-        return x509.IPAddress(ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)
+        address = tomllib.loads(file.read_text())["superlink"][CONNECTION]["address"]
+        host, _, port = address.rpartition(":")
+        return host, int(port)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return OWN_HOSTS[0], PORT
 
 
-def _address(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+def _content(path: Path) -> tuple[bytes, str]:
+    """A file and its name, for messages.
 
-
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        return path.read_bytes(), str(path)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be read ({error.strerror}); expected what fedvb keys makes"
+        ) from error
 
 
 def _write(path: Path, content: bytes, made: list[str], *, private: bool = True) -> None:
-    """Write a new file, with its rights from the first moment; one that is there stays."""
-    if path.exists():
-        return
+    """Write a file whole, with its rights from the first moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644), "wb") as file:
-        file.write(content)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # rights 600
+    try:
+        with os.fdopen(handle, "wb") as file:
+            if not private:
+                os.fchmod(file.fileno(), 0o644)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
     made.append(path.name)

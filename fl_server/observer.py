@@ -15,7 +15,10 @@ __all__ = ["LogObserver", "Observer"]
 
 
 class Observer(Protocol):
-    """What the round loop tells, in this order; all but the first and the last come again and again."""
+    """What the round loop tells, in this order; all but the first and the last come again and again.
+
+    `waiting` may come before anything else: for the clients of a run to come.
+    """
 
     def run_started(
         self, settings: ServerSettings, roster: Roster, task: Task, done: Sequence[Record]
@@ -25,8 +28,8 @@ class Observer(Protocol):
     def round_started(self, number: int, clients: Sequence[str]) -> None:
         """`clients` are asked to train. Round 0 trains nobody: it is the first evaluation."""
 
-    def reply_received(self, number: int, kind: Kind, client: str, fault: str) -> None:
-        """A reply came; where it was rejected, `fault` says why."""
+    def reply_received(self, number: int, kind: Kind, client: str, fault: str, size: int = 0) -> None:
+        """A reply came, with a blob of `size` bytes; where it was rejected, `fault` says why."""
 
     def client_dropped(self, number: int, client: str, reason: str) -> None:
         """A client takes no part in the round, as it says itself."""
@@ -71,7 +74,7 @@ class LogObserver:
     def round_started(self, number: int, clients: Sequence[str]) -> None:
         self._log.debug("round %d: asking %d clients", number, len(clients))
 
-    def reply_received(self, number: int, kind: Kind, client: str, fault: str) -> None:
+    def reply_received(self, number: int, kind: Kind, client: str, fault: str, size: int = 0) -> None:
         if fault:
             self._log.warning("round %d: client %s: %s reply rejected: %s", number, client, kind, fault)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -24,8 +25,9 @@ class ClientStatus:
     Attributes:
         seen: when its last reply came; None before one.
         replies: usable ones, of training and evaluation.
-        rejected: replies that were refused.
+        rejected: replies that were refused, or its first greeting.
         clipped: updates that were cut back.
+        sent: bytes of its blobs.
         reason: of the last refusal.
     """
 
@@ -33,6 +35,7 @@ class ClientStatus:
     replies: int = 0
     rejected: int = 0
     clipped: int = 0
+    sent: int = 0
     reason: str = ""
 
 
@@ -48,6 +51,7 @@ class RunStatus:
         score, train_loss: the last known.
         up, down: bytes of training so far.
         missing: replies of training that never came.
+        heard: when the run told something last; a run that was killed tells nothing any more.
         clients: by name, in order.
     """
 
@@ -60,16 +64,18 @@ class RunStatus:
     up: int = 0
     down: int = 0
     missing: int = 0
+    heard: datetime | None = None
     clients: dict[str, ClientStatus] = field(default_factory=dict)
 
 
 def read_status(run: Path) -> RunStatus:
-    """Read a run's history and events.
+    """Read a run's history and events, which may be half written, or not yet begun.
 
     Raises:
         RunError: there is no run.
     """
-    records = read_records(run)
+    events = list(_lines(run / EVENTS_FILE))
+    records = read_records(run) if not events or History(run).path.is_file() else []
     status = RunStatus(
         round=records[-1]["round"] if records else None,
         score=_last(records, "score"),
@@ -78,8 +84,9 @@ def read_status(run: Path) -> RunStatus:
         down=sum(record["bytes"]["down"] for record in records),
         missing=sum(len(record["missing"]) for record in records),
     )
-    for event in _lines(run / EVENTS_FILE):
-        _take(status, event)
+    for event in events:
+        with suppress(KeyError, TypeError, ValueError, AttributeError):  # not one of our lines
+            _take(status, event)
     if (run / "summary.json").is_file():
         status.phase, status.why = "finished", ""
     status.clients = dict(sorted(status.clients.items(), key=lambda item: client_order(item[0])))
@@ -95,24 +102,30 @@ def read_records(run: Path) -> list[dict[str, Any]]:
     path = History(run).path
     if not path.is_file():
         raise RunError(f"{run}: no run here, expected a directory with {path.name}")
-    return list(_lines(path))
+    return [record for record in _lines(path) if "round" in record and "bytes" in record]
 
 
 def _take(status: RunStatus, event: dict[str, Any]) -> None:
-    kind, name = event["event"], event.get("client")
+    kind, name, time = event["event"], event.get("client"), datetime.fromisoformat(event["time"])
+    status.heard = time
     if kind == "run_started":
         status.rounds = event["rounds"]
         for client in event["clients"]:
             status.clients.setdefault(client, ClientStatus())
+        for client, reason in event["refused"].items():
+            refused = status.clients.setdefault(client, ClientStatus())
+            refused.rejected += 1
+            refused.reason = reason
     status.phase = kind if kind in ("waiting", "stopped") else "running"
     status.why = event.get("why", "")
     if name is None:
         return
     client = status.clients.setdefault(name, ClientStatus())
-    client.seen = datetime.fromisoformat(event["time"])
+    client.seen = time
     if kind == "update_clipped":
         client.clipped += 1
     elif kind == "reply_received":
+        client.sent += event.get("size", 0)
         client.replies += not event["fault"]
         client.rejected += bool(event["fault"])
         client.reason = event["fault"] or client.reason
@@ -125,9 +138,8 @@ def _last(records: list[dict[str, Any]], key: str) -> float | None:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Whole lines of a file that may be written to now; none where it is not there."""
     if path.is_file():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                try:
-                    yield json.loads(line)
-                except ValueError:  # cut off by a crash
-                    continue
+        for line in path.read_text(errors="replace").split("\n")[:-1]:
+            with suppress(ValueError):  # cut off by a crash
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    yield found

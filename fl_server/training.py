@@ -110,7 +110,7 @@ def _collect(
             reference.acknowledge(reply.client)
             _count_sections(traffic["up_sections"], reply.blob)
             losses[reply.client] = (float(reply.metrics.get("train-loss", math.nan)), update.examples)
-        run.observer.reply_received(number, "train", reply.client, fault)
+        run.observer.reply_received(number, "train", reply.client, fault, len(reply.blob))
         if early and len(harvest) >= enough:
             break
 

@@ -14,7 +14,7 @@ import click
 import typer
 from rich.console import Console
 
-from simulations import operate, weigh
+from simulations import edge, operate, weigh
 from simulations.bench.commands import app as bench_app
 from simulations.options import config_of, run_options, typed
 from vblora.errors import ConfigError, FedVBError
@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 operate.add_commands(app)
+edge.add_commands(app)
 weigh.add_commands(app)
 console = Console(stderr=False)
 

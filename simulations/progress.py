@@ -84,7 +84,7 @@ class Display:
         self._pace.round_started()
         self._show(f"client 1/{self._clients}")
 
-    def reply_received(self, number: int, kind: Kind, client: str, fault: str) -> None:
+    def reply_received(self, number: int, kind: Kind, client: str, fault: str, size: int = 0) -> None:
         if fault:
             self._warn(f"round {number}: reply of client {client} rejected: {fault}")
         if kind == "train":

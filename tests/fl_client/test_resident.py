@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fl_client.questions import Question
-from fl_client.resident import Resident
+from fl_client.resident import Budget, Resident
+from fl_server.aggregate import aggregate
 from tests.simulations.conftest import tiny_bert, topics  # noqa: F401 (fixtures)
 from vblora.errors import ConfigError, DataError
 from vblora.frame import section_bytes
@@ -82,6 +83,61 @@ def test_a_personal_part_outlives_the_trainer(resident: Resident, tmp_path: Path
     assert told.metrics["own-examples"] == described["test_examples"]
 
 
+def test_a_site_may_give_a_round_less(tiny_bert: Path, topics: Path, tmp_path: Path):  # noqa: F811
+    own = {"model": str(tiny_bert), "data": str(topics)}
+    site = Resident(own, tmp_path, Budget(steps=2))
+    described = json.loads(site.answer(Question(0, "describe"), RUN).text)
+    blueprint = Blueprint.from_json(described["blueprint"])
+    blob = encode_state(initial_state(blueprint), blueprint)
+    question = Question(0, "train", blob, {"round": 1, "lr-scale": 1.0})
+    assert site.answer(question, RUN).metrics == pytest.approx(
+        {"steps": 2, "examples": 8, "train-loss": 1.1}, abs=0.5
+    )
+    assert site.answer(question, {**RUN, "local-steps": 1}).metrics["steps"] == 1
+    short = Resident(own, tmp_path / "short", Budget(seconds=1e-9))
+    assert short.answer(question, {**RUN, "local-steps": 50}).metrics["steps"] == 1
+    with pytest.raises(ConfigError, match=r"--train-seconds is -1.*; --max-steps is -2"):
+        Budget(-1, -2)
+
+
+def test_a_restarted_site_goes_on_where_it_was(tiny_bert: Path, topics: Path, tmp_path: Path):  # noqa: F811
+    """Reference states and error feedback come from disk: the same updates as without a restart."""
+    own = {"model": str(tiny_bert), "data": str(topics)}
+    run = {**RUN, "wire-feedback": "on", "wire-up-bits": 2.0}
+
+    def updates(restart: bool) -> list[bytes]:
+        folder = tmp_path / str(restart)
+        site = Resident(own, folder)
+        described = json.loads(site.answer(Question(0, "describe"), run).text)
+        blueprint = Blueprint.from_json(described["blueprint"])
+        state, base, blobs = initial_state(blueprint), None, []
+        for number in range(1, 4):
+            blob = encode_state(state, blueprint, base)
+            asked = Question(0, "train", blob, {"round": number, "lr-scale": 1.0, "run": "a"})
+            found = site.answer(asked, run)
+            assert found.text == "", "it holds the state that this one builds on"
+            blobs.append(found.blob)
+            update = decode_update(found.blob, blueprint, state)
+            base, state = state, aggregate(state, [update], blueprint)
+            if restart:
+                site = Resident(own, folder)
+        return blobs
+
+    assert updates(True) == updates(False)
+    assert list(tmp_path.glob("True/memory/a/waiting/0/*"))
+
+
+def test_progress_of_an_evaluation_is_told(resident: Resident):
+    described = json.loads(resident.answer(Question(0, "describe"), RUN).text)
+    blueprint = Blueprint.from_json(described["blueprint"])
+    blob = encode_state(initial_state(blueprint), blueprint)
+    told: list[tuple[int, int]] = []
+    asked = Question(0, "evaluate", blob, {"round": 0, "shard": 0, "shards": 1})
+    resident.answer(asked, RUN, lambda done, steps: told.append((done, steps)))
+    assert told
+    assert told[-1][0] == told[-1][1] == len(told)
+
+
 def test_sites_agree_on_labels_by_name(tiny_bert: Path, tmp_path: Path):  # noqa: F811
     def blueprint(name: str, rows: list[str], labels: str) -> Blueprint:
         path = tmp_path / f"{name}.csv"
@@ -100,5 +156,7 @@ def test_labels_that_do_not_fit_are_named(resident: Resident, tiny_bert: Path, t
     with pytest.raises(DataError, match=r"1 values .* not among the 3 of --labels \('sport'\)"):
         resident.load({**RUN, "labels": "food,space,other"})
     own = {"model": str(tiny_bert), "data": str(topics), "labels": "food,space,sport"}
+    site = Resident(own, topics.parent)
     with pytest.raises(ConfigError, match="the run says 'a,b'; agree on one"):
-        Resident(own, topics.parent).answer(Question(0, "hello"), {**RUN, "labels": "a,b"})
+        site.answer(Question(0, "hello"), {**RUN, "labels": "a,b"})
+    assert site.answer(Question(0, "hello"), {**RUN, "labels": "sport, food,space"}).text

@@ -15,7 +15,7 @@ from fl_client import thin, trainer
 from fl_client.questions import Answer, Question, Scalar
 from fl_client.resident import Resident
 from fl_client.site import OnStep
-from fl_client.thin import ask_trainer, trainer_listens, trainer_status
+from fl_client.thin import ask_trainer, trainer_listens, trainer_status, watch_trainer
 from tests.conftest import ROOT
 from vblora.errors import ConfigError, RunError, WireError
 
@@ -96,14 +96,16 @@ def test_what_breaks_is_told_and_the_trainer_lives(
     socket: Path, resident: FakeResident, caplog: pytest.LogCaptureFixture
 ):
     resident.fault = ZeroDivisionError("by zero")
-    assert ask_trainer(socket, Question(0, "hello"), RUN).error == "trainer: ZeroDivisionError: by zero"
+    told = "it failed (ZeroDivisionError); the site's own log says why"
+    assert ask_trainer(socket, Question(0, "hello"), RUN).error == told
     assert "hello: failed" in caplog.text
+    assert trainer_status(socket).last == "hello: failed: ZeroDivisionError: by zero"
     assert trainer_status(socket).answered == 0
 
 
 def test_another_protocol_is_refused(socket: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(thin, "PROTOCOL", 99)
-    assert "speaks protocol 1, the ClientApp 99" in ask_trainer(socket, Question(0, "hello"), RUN).error
+    assert "speaks protocol 2, the ClientApp 99" in ask_trainer(socket, Question(0, "hello"), RUN).error
 
 
 def test_its_status_is_told_while_it_trains(socket: Path, resident: FakeResident):
@@ -117,6 +119,53 @@ def test_its_status_is_told_while_it_trains(socket: Path, resident: FakeResident
     asking.join()
     status = trainer_status(socket)
     assert (status.busy, status.answered, status.gpu_bytes) == ("", 1, 0)
+
+
+def test_progress_is_streamed_while_it_trains(socket: Path, resident: FakeResident):
+    asking = threading.Thread(target=ask_trainer, args=(socket, Question(0, "train"), RUN))
+    watch = watch_trainer(socket)
+    assert next(watch).busy == ""
+    asking.start()
+    told = []
+    for status in watch:
+        told.append((status.busy, status.done, status.steps))
+        if not status.busy and status.answered:
+            break
+        resident.go.release()
+    asking.join()
+    assert told[:3] == [("train", 0, 0), ("train", 1, 3), ("train", 2, 3)]
+    assert told[-1] == ("", 3, 3)
+    assert status.last.startswith("train: ")
+
+
+def test_watchers_leave_room_for_questions(socket: Path, resident: FakeResident):
+    watches = [watch_trainer(socket) for _ in range(trainer.WATCHERS)]
+    assert all(next(watch).pid for watch in watches)
+    with pytest.raises(RunError, match="others watch it already"):
+        next(watch_trainer(socket))
+    assert ask_trainer(socket, Question(0, "hello"), RUN).text == "here"
+
+
+def test_nobody_waits_longer_than_the_server(socket: Path, resident: FakeResident):
+    found = ask_trainer(socket, Question(0, "train"), RUN, seconds=0.3)
+    assert found.error == "trainer: it took longer than the server waits"
+    resident.go.release()
+    wait_until(lambda: not trainer_status(socket).busy)
+    assert "dropped at step 1 of 3" in trainer_status(socket).last
+
+
+def test_who_waits_for_his_turn_has_less_time(socket: Path, resident: FakeResident):
+    first = threading.Thread(target=ask_trainer, args=(socket, Question(0, "train"), RUN))
+    first.start()
+    wait_until(lambda: resident.asked)
+    config: dict[str, Scalar] = {"round": 1, "seconds": 60.0}
+    second = threading.Thread(target=ask_trainer, args=(socket, Question(0, "train", b"", config), RUN))
+    second.start()
+    time.sleep(0.5)
+    resident.go.release(6)
+    first.join()
+    second.join()
+    assert 0 < float(resident.asked[1][0].config["seconds"]) < 59.6
 
 
 def test_the_work_of_a_killed_caller_ends_and_the_next_is_served(socket: Path, resident: FakeResident):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ssl
 import tomllib
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -17,7 +19,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.verification import PolicyBuilder, Store
 
-from fl_server.keys import make_keys
+from fl_server import certificates, keys
+from fl_server.certificates import certificate_hosts
+from fl_server.keys import check_node_keys, check_server_keys, make_keys
 from vblora.errors import ConfigError, RunError
 
 HOSTS = ["fed.example.org", "10.0.0.5"]
@@ -39,6 +43,13 @@ def test_the_server_is_vouched_for_under_all_its_names(folder: Path, host: str):
         name = x509.IPAddress(ip_address(host))
     verifier = PolicyBuilder().store(Store([authority])).build_server_verifier(name)
     assert [item.subject for item in verifier.verify(server, [])] == [server.subject, authority.subject]
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1"])
+def test_the_servers_own_processes_can_call_it(folder: Path, host: str):
+    """A run's ServerApp connects to the loopback, whatever name the nodes use."""
+    server = x509.load_pem_x509_certificate((folder / "server.pem").read_bytes())
+    assert host in certificate_hosts(server)
 
 
 def test_tls_takes_certificate_and_key(folder: Path):
@@ -78,6 +89,43 @@ def test_a_later_call_adds_nodes_and_keeps_the_rest(tmp_path: Path):
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
+def test_nodes_are_added_without_the_authoritys_key_and_without_naming_the_hosts(tmp_path: Path):
+    made = make_keys(tmp_path, 1, HOSTS, 8443)
+    (tmp_path / "ca.key").unlink()  # as docs/deploy.md tells: it lies in a safe
+    more = make_keys(tmp_path, 2)
+    assert (more.made, more.hosts) == (("node-2", "node-2.pub"), made.hosts)
+    assert "fed.example.org:8443" in (tmp_path / "flwr" / "config.toml").read_text()
+
+
+def test_another_port_is_written_to_flowers_home(tmp_path: Path):
+    make_keys(tmp_path, 1, HOSTS, 8443)
+    assert make_keys(tmp_path, 1, port=9000).made == ("config.toml",)
+    assert '"fed.example.org:9000"' in (tmp_path / "flwr" / "config.toml").read_text()
+
+
+@pytest.mark.parametrize("written", range(7))
+def test_cut_off_between_two_files(tmp_path: Path, written: int, monkeypatch: pytest.MonkeyPatch):
+    write = keys._write
+
+    def until(path: Path, content: bytes, made: list[str], *, private: bool = True) -> None:
+        if len(made) == written:
+            raise KeyboardInterrupt
+        write(path, content, made, private=private)
+
+    monkeypatch.setattr(keys, "_write", until)
+    with pytest.raises(KeyboardInterrupt):
+        make_keys(tmp_path, 1, HOSTS)
+    monkeypatch.undo()
+    assert len(make_keys(tmp_path, 1, HOSTS).made) == 7 - written
+    check_server_keys(tmp_path)
+    check_node_keys(tmp_path / "node-1", tmp_path / "ca.crt")
+    private = load_ssh_private_key((tmp_path / "node-1").read_bytes(), None)
+    public = load_ssh_public_key((tmp_path / "node-1.pub").read_bytes())
+    form = Encoding.OpenSSH, PublicFormat.OpenSSH
+    assert private.public_key().public_bytes(*form) == public.public_bytes(*form)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_what_cannot_be_made_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match="--nodes is 0"):
         make_keys(tmp_path, 0, HOSTS)
@@ -85,5 +133,60 @@ def test_what_cannot_be_made_is_named(tmp_path: Path):
     with pytest.raises(RunError, match=r"for other hosts than other\.example\.org"):
         make_keys(tmp_path, 1, [*HOSTS, "other.example.org"])
     (tmp_path / "ca.key").unlink()
-    with pytest.raises(RunError, match=r"ca\.key and ca\.crt go together"):
+    (tmp_path / "server.pem").unlink()
+    with pytest.raises(RunError, match=r"a new server\.pem needs ca\.key"):
         make_keys(tmp_path, 1, HOSTS)
+
+
+def test_what_a_server_cannot_be_started_with_is_named(tmp_path: Path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for place in (mine, other):
+        make_keys(place, 1, HOSTS)
+    left = check_server_keys(mine) - datetime.now(UTC)
+    assert 820 < left.days < 826
+    kept = {name: (mine / name).read_bytes() for name in ("ca.crt", "server.key", "server.pem")}
+    cases = [
+        ("server.key", (other / "server.key").read_bytes(), "server.key is not the key of server.pem"),
+        ("ca.crt", (other / "ca.crt").read_bytes(), "ca.crt is not the authority that signed server.pem"),
+        ("server.pem", b"", "server.pem: not a certificate in PEM"),
+        ("server.key", kept["server.pem"], "server.key: not a private key in PEM"),
+        ("server.pem", _ended(mine), "server.pem ended on 2020-01-02"),
+        ("ca.crt", None, r"ca.crt: cannot be read \(No such file or directory\)"),
+    ]
+    for name, content, reason in cases:
+        if content is None:
+            (mine / name).unlink()
+        else:
+            (mine / name).write_bytes(content)
+        with pytest.raises(RunError, match=reason):
+            check_server_keys(mine)
+        (mine / name).write_bytes(kept[name])
+    check_server_keys(mine)
+
+
+def test_what_a_node_cannot_be_started_with_is_named(tmp_path: Path):
+    make_keys(tmp_path, 1, HOSTS)
+    check_node_keys(tmp_path / "node-1", tmp_path / "ca.crt")
+    with pytest.raises(RunError, match=r"node-1\.pub: not a private key"):
+        check_node_keys(tmp_path / "node-1.pub", tmp_path / "ca.crt")
+    with pytest.raises(RunError, match="node-1: not a certificate"):
+        check_node_keys(tmp_path / "node-1", tmp_path / "node-1")
+    with pytest.raises(RunError, match=r"Is a directory"):
+        check_node_keys(tmp_path, tmp_path / "ca.crt")
+
+
+def _ended(folder: Path) -> bytes:
+    """The server's certificate as it might have been made long ago."""
+    key = certificates.read_key((folder / "server.key").read_bytes(), "")
+    issuer_key = certificates.read_key((folder / "ca.key").read_bytes(), "")
+    issuer = certificates.read_certificate((folder / "ca.crt").read_bytes(), "")
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(issuer.subject)
+        .issuer_name(issuer.subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(datetime(2020, 1, 1, tzinfo=UTC))
+        .not_valid_after(datetime(2020, 1, 2, tzinfo=UTC))
+    )
+    return certificates.pem(builder.sign(issuer_key, hashes.SHA384()))

@@ -6,58 +6,147 @@ import os
 import socket
 import sys
 import urllib.request
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from fl_server.gate import GateSettings
 from simulations import watch
 from tests.simulations.conftest import Run
 
 
-@pytest.fixture
-def became(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
-    """What processes would have turned into: arguments and environment."""
-    calls: list[tuple[list[str], dict[str, str]]] = []
+@dataclass
+class Became:
+    """What processes would have turned into: arguments and environments; and the gates of servers."""
 
-    def execve(program: str, arguments: list[str], environment: dict[str, Any]) -> None:
+    calls: list[tuple[list[str], dict[str, str]]] = field(default_factory=list)
+    gates: list[GateSettings] = field(default_factory=list)
+
+    def after(self, option: str) -> str:
+        """What follows an option in the last call."""
+        arguments, _ = self.calls[-1]
+        return arguments[arguments.index(option) + 1]
+
+
+@pytest.fixture
+def became(monkeypatch: pytest.MonkeyPatch) -> Became:
+    made = Became()
+
+    def execve(program: str, arguments: list[str], environment: dict[str, str]) -> None:
         assert Path(program).name == arguments[0]
-        calls.append((arguments, environment))
+        made.calls.append((arguments, environment))
+
+    def superlink(arguments: Sequence[str], settings: GateSettings) -> None:
+        made.calls.append((["flower-superlink", *arguments], dict(os.environ)))
+        made.gates.append(settings)
 
     monkeypatch.setattr(os, "execve", execve)
-    return calls
+    monkeypatch.setattr("simulations.superlink.run_superlink", superlink)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # a server sets some
+    return made
 
 
-def test_server_and_site_use_the_keys(
-    fedvb: Run, became: list[tuple[list[str], dict[str, str]]], tmp_path: Path
-):
+@pytest.fixture
+def port() -> int:
+    """One that nobody listens on."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        number: int = free.getsockname()[1]
+        return number
+
+
+def test_server_and_site_use_the_keys(fedvb: Run, became: Became, tmp_path: Path, port: int):
     told = fedvb("keys", "--out", "keys", "--nodes", "2", "--host", "fed.example.org")
     assert (told.code, told.err) == (0, "")
     assert "flwr supernode register keys/node-2.pub fedvb" in told.out
-    assert fedvb("server", "--keys", "keys").code == 0
-    assert fedvb("site", "--superlink", "h:8000", "--key", "keys/node-1", "--socket", "t.sock").code == 0
-    (server, environment), (site, _) = became
+    assert fedvb("server", "--keys", "keys", "--port", port, "--operators", "10.0.0.0/8").code == 0
+    server, environment = became.calls[-1]
     assert "--enable-supernode-auth" in server
-    assert server[server.index("--ssl-certfile") + 1] == "keys/server.pem"
+    assert "--insecure" not in server
+    assert became.after("--ssl-certfile") == "keys/server.pem"
     assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
-    assert site[site.index("--auth-supernode-private-key") + 1] == "keys/node-1"
-    assert site[site.index("--root-certificates") + 1] == "keys/ca.crt"
-    assert site[site.index("--node-config") + 1] == f'socket="{tmp_path}/t.sock"'
-    assert not {"--insecure"} & {*server, *site}
+    assert environment["PATH"].startswith(str(Path(sys.executable).parent)), "it starts others by name"
+    assert became.gates == [GateSettings(("10.0.0.0/8",))]
+    site = ("site", "--superlink", "h:8000", "--key", "keys/node-1", "--port", port)
+    assert fedvb(*site, "--socket", "t.sock").code == 0
+    assert "--insecure" not in became.calls[-1][0]
+    assert became.after("--auth-supernode-private-key") == "keys/node-1"
+    assert became.after("--root-certificates") == "keys/ca.crt"
+    assert became.after("--node-config") == f'socket="{tmp_path}/t.sock"'
+    assert fedvb(*site, "--name", "clinic a", "--model", "./llama", "--data", "notes.csv").code == 0
+    told_node = f'name="clinic a" model="./llama" data="notes.csv" state="{tmp_path}/supernode/memory"'
+    assert became.after("--node-config") == told_node
 
 
-def test_plain_text_only_when_asked_for(fedvb: Run, became: list[tuple[list[str], dict[str, str]]]):
+def test_plain_text_only_when_asked_for(fedvb: Run, became: Became, port: int):
     assert "say --insecure" in fedvb("server").err
     assert "say --insecure" in fedvb("site", "--superlink", "h:8000", "--socket", "t.sock").err
-    assert "no such file" in fedvb("site", "--superlink", "h:1", "--socket", "t", "--key", "none").err
-    assert "has no ca.crt" in fedvb("server", "--keys", ".").err
-    assert not became
+    assert not became.calls
     for command in (("server",), ("site", "--superlink", "h:8000", "--socket", "t.sock")):
-        told = fedvb(*command, "--insecure")
+        told = fedvb(*command, "--insecure", "--port", port)
         assert told.code == 0
         assert "updates travel in plain text" in told.err
-    assert all("--insecure" in arguments for arguments, _ in became)
+    assert all("--insecure" in arguments for arguments, _ in became.calls)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (
+            ("server", "--keys", "."),
+            "ca.crt: cannot be read (No such file or directory)",
+        ),
+        (("server", "--insecure", "--operators", "laptop"), "--operators is 'laptop', expected an address"),
+        (("server", "--insecure", "--host", "203.0.113.7"), "cannot be listened on"),
+        (("site", "--superlink", "h:1", "--socket", "t", "--key", "none"), "none: cannot be read"),
+        (("site", "--superlink", "h", "--socket", "t"), "--superlink is 'h', expected HOST:PORT"),
+        (("site", "--superlink", "h:1"), "neither --socket nor --data"),
+        (("site", "--superlink", "h:1", "--data", "x.csv"), "--model and --data go together"),
+        (("site", "--superlink", "h:1", "--socket", "t", "--name", 'a" x="b'), "expected no quotes"),
+        (("site", "--superlink", "h:1", "--socket", "t", "--name", "x" * 65), "has 65 characters"),
+        (("keys", "--out", "k", "--nodes", "0"), "--nodes is 0"),
+        (("status", "none"), "none: no run here"),
+        (("status", ".", "--follow"), "fedvb watch follows runs"),
+        (
+            ("trainer", "--model", "m", "--data", "d", "--state", "s", "--max-steps", "-1"),
+            "--max-steps is -1",
+        ),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(
+    fedvb: Run, became: Became, arguments: tuple[str, ...], reason: str
+):
+    told = fedvb(*arguments)
+    assert (told.code, told.out, became.calls) == (2, "", [])
+    assert reason in told.err.splitlines()[-1]
+    assert "Traceback" not in told.err
+
+
+def test_a_port_that_is_taken_is_named(fedvb: Run, became: Became, port: int):
+    with closing(socket.socket()) as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        for command in (
+            ("server", "--insecure", "--host", "127.0.0.1", "--port", port),
+            ("site", "--insecure", "--superlink", "h:1", "--socket", "t", "--port", port),
+        ):
+            told = fedvb(*command)
+            assert told.code == 2
+            assert f"127.0.0.1:{port} cannot be listened on (Address already in use)" in told.err
+    assert became.calls == []
+
+
+def test_a_certificate_that_ends_soon_is_told(
+    fedvb: Run, became: Became, monkeypatch: pytest.MonkeyPatch, port
+):
+    assert fedvb("keys", "--out", "keys", "--nodes", "1").code == 0
+    monkeypatch.setattr("simulations.operate.SOON", 826)
+    told = fedvb("server", "--keys", "keys", "--port", port)
+    assert told.code == 0
+    assert "keys/server.pem ends in 824 days; fedvb keys makes another" in told.err
 
 
 def test_a_trainer_needs_a_sites_own_text(fedvb: Run):
@@ -74,6 +163,7 @@ def test_status_of_a_run_and_of_nothing(fedvb: Run, finished: Path, tmp_path: Pa
     assert (told.code, told.err) == (0, "")
     assert told.out.splitlines()[0] == "run      finished"
     assert "on disk  round 3" in told.out
+    assert told.out.splitlines()[5].split()[:3] == ["client", "last", "seen"]
     told = fedvb("status", tmp_path / "none")
     assert (told.code, "no run here" in told.err) == (2, True)
 

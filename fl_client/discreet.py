@@ -1,0 +1,40 @@
+"""What a site tells a server about itself beside its updates: no path of its machine, no text of its data.
+
+Error messages are for the site's own log: a parser quotes the line that it could not read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vblora.errors import DataError, FedVBError, ModelError, RunError
+
+__all__ = ["described_for_server", "reason_for_server"]
+
+LOG = "the site's own log says why"
+OUT_OF_MEMORY = "out of GPU memory; lower batch-size or max-length, or take a smaller dtype"
+
+
+def described_for_server(described: str) -> str:
+    """The JSON of a site's description with the names of its files, without their folders."""
+    told = json.loads(described)
+    for key in ("model", "data"):
+        if (path := Path(told[key])).is_absolute() or path.exists():
+            told[key] = path.name
+    return json.dumps(told)
+
+
+def reason_for_server(error: Exception) -> str:
+    """Why a site cannot answer, in words that hold nothing of its files."""
+    if isinstance(error, DataError):
+        return f"its data does not fit the run; {LOG}"
+    if isinstance(error, ModelError | RunError) and "/" in str(error):  # a path
+        return f"its model or its folder does not serve the run; {LOG}"
+    if isinstance(error, FedVBError):  # about the run's settings, the adapter or the server's message
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not need
+        return OUT_OF_MEMORY
+    if isinstance(error, OSError) and error.strerror:
+        return f"it failed ({error.strerror}); {LOG}"
+    return f"it failed ({type(error).__name__}); {LOG}"

@@ -1,0 +1,197 @@
+"""The SuperLink's gate: who may ask for what on its one port, how much, and how often.
+
+Flower's SuperLink serves three kinds of callers there. Nodes (`/v1/fleet/`) must prove that they have a key.
+Operators (start a run, let a key in: `/v1/control/`) and its own child processes (`/v1/runtime/`) need prove
+nothing: whoever reaches the port could let his own key in, or send code to every site. Behind this gate only
+this machine may, and operators that are named by address.
+
+A request of a node is held back from Flower until all of it is there and is of a size that nodes send: Flower
+itself reads any length into memory, before it looks at the key.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from typing import Any
+
+from vblora.errors import raise_faults
+
+__all__ = ["Gate", "GateSettings"]
+
+Scope = MutableMapping[str, Any]
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+NODES, HEALTH = "/v1/fleet/", "/health"
+MOST_BYTES = 8 << 20  # of a request of a node: Flower cuts blobs into pieces of 5 MiB
+BURST = 10.0  # seconds' worth of requests that may come at once
+QUIET = 60.0  # seconds in which a refusal is not told again
+MOST_PEERS = 10_000  # addresses that are remembered
+
+log = logging.getLogger("flwr.fedvb")  # below Flower's logger, whose handlers show it
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """Limits on what comes in.
+
+    Attributes:
+        operators: addresses or networks from which runs may be started and keys let in, beside this machine.
+        requests: of nodes behind one address, a second on average; a node sends one every three seconds, and
+            one for each 5 MiB of an update.
+        megabytes: of nodes behind one address, a minute on average.
+    """
+
+    operators: Sequence[str] = ()
+    requests: float = 50.0
+    megabytes: float = 6000.0
+
+    def __post_init__(self) -> None:
+        raise_faults("server", self._faults())
+
+    @property
+    def networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """`operators`, parsed."""
+        return tuple(ip_network(given, strict=False) for given in self.operators)
+
+    def _faults(self) -> Iterator[str]:
+        for given in self.operators:
+            try:
+                ip_network(given, strict=False)
+            except ValueError:
+                yield f"--operators is {given!r:.60}, expected an address or a network such as 10.0.0.0/24"
+        for name, least in (("requests", 1.0), ("megabytes", 60.0)):
+            if not getattr(self, name) >= least:
+                yield f"--{name} is {getattr(self, name):g}, expected at least {least:g}"
+
+
+@dataclass
+class _Budget:
+    """What one address may still send: `amount` fills up at `rate` a second, to `most`."""
+
+    rate: float
+    most: float
+    amount: float = field(init=False)
+    seen: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.amount = self.most
+
+    def take(self, wanted: float, now: float) -> bool:
+        """Spend, if there is anything left; a large request may overdraw, and is waited for."""
+        self.amount = min(self.most, self.amount + (now - self.seen) * self.rate)
+        self.seen = now
+        if self.amount <= 0:
+            return False
+        self.amount -= wanted
+        return True
+
+
+class Gate:
+    """ASGI middleware in front of the SuperLink."""
+
+    def __init__(self, app: App, settings: GateSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app = app
+        self._settings = settings
+        self._operators = settings.networks
+        self._clock = clock
+        self._budgets: dict[str, tuple[_Budget, _Budget]] = {}
+        self._told: dict[tuple[str, str], float] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+        elif scope["path"].startswith(NODES):
+            await self._node(scope, receive, send)
+        elif scope["path"] == HEALTH or self._is_operator(scope):
+            await self._app(scope, receive, send)
+        else:
+            await self._refuse(
+                scope, send, 403, "only the server's own machine may, and who fedvb server --operators names"
+            )
+
+    def _is_operator(self, scope: Scope) -> bool:
+        """Whether a call comes from this machine, under any of its addresses, or from an operator's."""
+        try:
+            peer = ip_address(scope["client"][0])
+        except (TypeError, ValueError):  # no address, or a name
+            return False
+        here = scope.get("server") or ("",)
+        return peer.is_loopback or str(peer) == here[0] or any(peer in known for known in self._operators)
+
+    async def _node(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request of a node on, once it is known to be no larger and no more frequent than allowed."""
+        peer = (scope["client"] or ("unknown",))[0]
+        requests, volume = self._budget(peer)
+        now = self._clock()
+        if not requests.take(1, now) or not volume.take(0, now):
+            await self._refuse(scope, send, 503, "more than --requests or --megabytes allow; try again")
+            return
+        body = b"" if _declared(scope) > MOST_BYTES else await _body(receive)
+        if body is None:  # gone
+            return
+        volume.take(len(body), now)
+        if max(_declared(scope), len(body)) > MOST_BYTES:
+            await self._refuse(
+                scope, send, 413, f"{_declared(scope) or 'too many'} bytes, expected {MOST_BYTES} at most"
+            )
+            return
+        events: list[Event] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Event:
+            return events.pop() if events else await receive()
+
+        await self._app(scope, replay, send)
+
+    def _budget(self, peer: str) -> tuple[_Budget, _Budget]:
+        if peer not in self._budgets:
+            if len(self._budgets) >= MOST_PEERS:
+                self._budgets.pop(next(iter(self._budgets)))
+            rate, volume = self._settings.requests, self._settings.megabytes * 1e6 / 60
+            self._budgets[peer] = _Budget(rate, BURST * rate), _Budget(volume, 60 * volume)
+        return self._budgets[peer]
+
+    async def _refuse(self, scope: Scope, send: Send, code: int, why: str) -> None:
+        """Answer with a code and a sentence that Flower's command line shows; log it once a minute."""
+        peer = (scope["client"] or ("unknown",))[0]
+        told, now = self._told.get((peer, why)), self._clock()
+        if told is None or now - told >= QUIET:
+            if len(self._told) >= MOST_PEERS:
+                self._told.clear()
+            self._told[peer, why] = now
+            log.warning("refused %s from %s: %s", scope["path"][:80], peer, why)
+        content = json.dumps({"detail": f"refused: {why}"}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        headers += [(b"connection", b"close")] + ([(b"retry-after", b"10")] if code == 503 else [])
+        await send({"type": "http.response.start", "status": code, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+
+def _declared(scope: Scope) -> int:
+    """Content-Length; 0 without one."""
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            return int(value) if value.isdigit() else MOST_BYTES + 1
+    return 0
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """All of a request, or what was read of it when it became too large; None where the caller has gone."""
+    parts, size = [], 0
+    while True:
+        event = await receive()
+        if event["type"] == "http.disconnect":
+            return None
+        parts.append(event.get("body", b""))
+        size += len(parts[-1])
+        if not event.get("more_body") or size > MOST_BYTES:
+            return b"".join(parts)

@@ -1,0 +1,148 @@
+"""The gate in front of the SuperLink, called as an ASGI server would."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import MutableMapping
+from typing import Any
+
+import pytest
+
+from fl_server.gate import MOST_BYTES, Gate, GateSettings
+from vblora.errors import ConfigError
+
+NODE, RUN, TASK = "/v1/fleet/pull-messages", "/v1/control/start-run", "/v1/runtime/acquire-task"
+
+
+class Server:
+    """A gate before an app that remembers what reached it, with a clock of its own."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.reached: list[tuple[str, int]] = []
+        self.now = 1000.0
+        self.gate = Gate(self._app, GateSettings(**settings), lambda: self.now)
+
+    async def _app(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        size, more = 0, True
+        while more:
+            event = await receive()
+            size, more = size + len(event.get("body", b"")), event.get("more_body", False)
+        self.reached.append((scope["path"], size))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    def ask(
+        self,
+        path: str,
+        peer: str = "10.0.0.9",
+        body: tuple[bytes, ...] = (b"",),
+        declared: int | str | None = None,
+        here: str = "10.0.0.1",
+    ) -> tuple[int, str]:
+        """Code and sentence of an answer; the body comes in these pieces."""
+        headers = [] if declared is None else [(b"content-length", str(declared).encode())]
+        scope = {
+            "type": "http",
+            "path": path,
+            "client": (peer, 5),
+            "server": (here, 8000),
+            "headers": headers,
+        }
+        events = [{"type": "http.request", "body": part, "more_body": True} for part in body]
+        events[-1]["more_body"] = False
+        sent: list[MutableMapping[str, Any]] = []
+
+        async def receive() -> MutableMapping[str, Any]:
+            return events.pop(0)
+
+        async def send(event: MutableMapping[str, Any]) -> None:
+            sent.append(event)
+
+        asyncio.run(self.gate(scope, receive, send))
+        told = sent[1]["body"]
+        return sent[0]["status"], json.loads(told)["detail"] if told else ""
+
+
+@pytest.mark.parametrize("path", [RUN, TASK, "/docs", "/openapi.json", "/"])
+def test_only_this_machine_starts_runs_and_lets_nodes_in(path: str):
+    server = Server()
+    code, told = server.ask(path)
+    assert (code, server.reached) == (403, [])
+    assert told == "refused: only the server's own machine may, and who fedvb server --operators names"
+    for peer in ("127.0.0.1", "::1", "10.0.0.1"):
+        assert server.ask(path, peer) == (200, "")
+    assert server.ask(path, "10.0.0.1", here="10.0.0.2")[0] == 403
+
+
+def test_operators_are_let_in_by_address_and_network():
+    server = Server(operators=("10.0.0.9", "192.168.7.0/24"))
+    assert [server.ask(RUN, peer)[0] for peer in ("10.0.0.9", "192.168.7.30", "192.168.8.30")] == [
+        200,
+        200,
+        403,
+    ]
+    with pytest.raises(ConfigError, match=r"--operators is 'my-laptop'.*; --requests is 0"):
+        GateSettings(("my-laptop",), requests=0)
+
+
+def test_nodes_and_the_look_at_health_come_from_anywhere():
+    server = Server()
+    assert server.ask(NODE, body=(b"abc", b"de"))[0] == server.ask("/health")[0] == 200
+    assert server.reached == [(NODE, 5), ("/health", 0)]
+
+
+def test_a_declared_length_of_10_gb_is_refused_unread():
+    server = Server()
+    code, told = server.ask(NODE, body=(bytes(10),), declared=10**10)
+    assert (code, told) == (413, f"refused: 10000000000 bytes, expected {MOST_BYTES} at most")
+    assert server.ask(NODE, declared="ten")[0] == 413
+    assert server.reached == []
+
+
+def test_what_has_no_length_is_read_no_further_than_allowed():
+    server = Server()
+    assert server.ask(NODE, body=(bytes(MOST_BYTES),))[0] == 200
+    assert server.ask(NODE, body=(bytes(MOST_BYTES), b"x", b"never read"))[0] == 413
+    assert server.reached == [(NODE, MOST_BYTES)]
+
+
+def test_nobody_asks_too_often():
+    server = Server(requests=2.0)
+    codes = [server.ask(NODE)[0] for _ in range(25)]
+    assert codes == [200] * 20 + [503] * 5, "ten seconds' worth at once"
+    assert server.ask(NODE, "10.0.0.8")[0] == 200, "others are not held up"
+    server.now += 1.0
+    assert [server.ask(NODE)[0] for _ in range(3)] == [200, 200, 503]
+
+
+def test_nobody_sends_too_much():
+    server = Server(megabytes=60.0)
+    codes = [server.ask(NODE, body=(bytes(7_000_000),))[0] for _ in range(10)]
+    assert codes == [200] * 9 + [503]
+    server.now += 10.0
+    assert server.ask(NODE)[0] == 200
+
+
+def test_a_refusal_is_logged_once_a_minute(caplog: pytest.LogCaptureFixture):
+    server = Server()
+    for _ in range(3):
+        server.ask(RUN)
+    server.now += 61
+    server.ask(RUN)
+    assert len(caplog.messages) == 2
+    assert caplog.messages[0].startswith("refused /v1/control/start-run from 10.0.0.9: only the server's own")
+
+
+def test_a_caller_that_leaves_reaches_nobody():
+    server = Server()
+    scope = {"type": "http", "path": NODE, "client": None, "server": None, "headers": []}
+
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(event: MutableMapping[str, Any]) -> None:
+        raise AssertionError(event)
+
+    asyncio.run(server.gate(scope, receive, send))
+    assert server.reached == []
