@@ -1,9 +1,10 @@
 """One client against its round: how far updates reach, and how one that reaches too far is cut back.
 
-A section of an update longer than `factor` times the round's median of that section is scaled to that length,
-and no update counts more than `factor` times the median of examples: no single client, however it lies, moves
-a section of the mean further than honest clients could, times `factor`. The weights of a selection need no
-cutting: each lies in (0, 1], so what they can do is bounded by the share of examples.
+The pull of an update on a section of the mean is its length there times its examples. No update counts more
+than `factor` times the round's median of examples, and a section that pulls more than `factor` times the
+median pull is scaled to that: no single client, however it lies, moves a section of the mean further than the
+median client does, times `factor`. The weights of a selection need no cutting: each lies in (0, 1], so what
+they can do is bounded by the share of examples.
 """
 
 from __future__ import annotations
@@ -39,22 +40,26 @@ def clip_updates(updates: Mapping[str, Update], factor: float) -> tuple[dict[str
     """
     if len(updates) < 3:
         return dict(updates), {}
-    lengths = {name: norms(update) for name, update in updates.items()}
-    sections = next(iter(lengths.values()))
-    limits = {part: factor * median(found[part] for found in lengths.values()) for part in sections}
     most = max(1, int(factor * median(update.examples for update in updates.values())))
+    examples = {name: min(update.examples, most) for name, update in updates.items()}
+    lengths = {name: norms(update) for name, update in updates.items()}
+    limits = {
+        part: factor * median(examples[name] * found[part] for name, found in lengths.items())
+        for part in next(iter(lengths.values()))
+    }
     kept, told = {}, {}
     for name, update in updates.items():
-        long = {part: length for part, length in lengths[name].items() if length > limits[part]}
-        cuts = [f"{part} {length:.3g} to {limits[part]:.3g}" for part, length in long.items()]
+        allowed = {part: limit / examples[name] for part, limit in limits.items()}
+        long = {part: length for part, length in lengths[name].items() if length > allowed[part]}
+        cuts = [f"{part} {length:.3g} to {allowed[part]:.3g}" for part, length in long.items()]
         if update.examples > most:
             cuts.append(f"examples {update.examples} to {most}")
         if cuts:
             told[name] = "; ".join(cuts)
         scaled = {
-            part: update.dense[part] * np.float32(limits[part] / length) for part, length in long.items()
+            part: update.dense[part] * np.float32(allowed[part] / length) for part, length in long.items()
         }
-        kept[name] = replace(update, dense={**update.dense, **scaled}, examples=min(update.examples, most))
+        kept[name] = replace(update, dense={**update.dense, **scaled}, examples=examples[name])
     return kept, told
 
 

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any
 
@@ -34,6 +35,8 @@ MOST_BYTES = 8 << 20  # of a request of a node: Flower cuts blobs into pieces of
 BURST = 10.0  # seconds' worth of requests that may come at once
 QUIET = 60.0  # seconds in which a refusal is not told again
 MOST_PEERS = 10_000  # addresses that are remembered
+CLOCK_HEADER = b"flwr-timestamp"  # when a node signed a request, by its own clock
+AHEAD, BEHIND = 5.0, 300.0  # seconds that Flower lets a node's clock differ by; it refuses without a reason
 
 log = logging.getLogger("flwr.fedvb")  # below Flower's logger, whose handlers show it
 
@@ -139,6 +142,7 @@ class Gate:
         body = b"" if _declared(scope) > MOST_BYTES else await _body(receive)
         if body is None:  # gone
             return
+        self._look_at_clock(scope, peer)
         volume.take(len(body), now)
         if max(_declared(scope), len(body)) > MOST_BYTES:
             await self._refuse(
@@ -160,15 +164,32 @@ class Gate:
             self._budgets[peer] = _Budget(rate, BURST * rate), _Budget(volume, 60 * volume)
         return self._budgets[peer]
 
-    async def _refuse(self, scope: Scope, send: Send, code: int, why: str) -> None:
-        """Answer with a code and a sentence that Flower's command line shows; log it once a minute."""
-        peer = (scope["client"] or ("unknown",))[0]
-        told, now = self._told.get((peer, why)), self._clock()
+    def _look_at_clock(self, scope: Scope, peer: str) -> None:
+        """Say why Flower is about to turn a node away whose clock is wrong."""
+        signed = dict(scope["headers"]).get(CLOCK_HEADER)
+        if signed is None:
+            return
+        try:
+            behind = (datetime.now(UTC) - datetime.fromisoformat(signed.decode())).total_seconds()
+        except (ValueError, TypeError):  # not a time, or one without a zone: Flower refuses it too
+            return
+        if not -AHEAD < behind < BEHIND:
+            told = f"{behind:.0f} s behind" if behind > 0 else f"{-behind:.0f} s ahead of"
+            self._tell(peer, "clock", f"node at {peer}: its clock is {told} this one; set it, as with NTP")
+
+    def _tell(self, peer: str, what: str, line: str) -> None:
+        """Log a line, but not again within a minute."""
+        told, now = self._told.get((peer, what)), self._clock()
         if told is None or now - told >= QUIET:
             if len(self._told) >= MOST_PEERS:
                 self._told.clear()
-            self._told[peer, why] = now
-            log.warning("refused %s from %s: %s", scope["path"][:80], peer, why)
+            self._told[peer, what] = now
+            log.warning("%s", line)
+
+    async def _refuse(self, scope: Scope, send: Send, code: int, why: str) -> None:
+        """Answer with a code and a sentence that Flower's command line shows; log it once a minute."""
+        peer = (scope["client"] or ("unknown",))[0]
+        self._tell(peer, why, f"refused {scope['path'][:80]} from {peer}: {why}")
         content = json.dumps({"detail": f"refused: {why}"}).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         headers += [(b"connection", b"close")] + ([(b"retry-after", b"10")] if code == 503 else [])

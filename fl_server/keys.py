@@ -29,9 +29,10 @@ from fl_server.certificates import (
 )
 from vblora.errors import ConfigError, RunError
 
-__all__ = ["CONNECTION", "Keys", "check_node_keys", "check_server_keys", "make_keys"]
+__all__ = ["CONNECTION", "Keys", "check_node_keys", "check_server_keys", "make_keys", "write_connection"]
 
-CONNECTION = "fedvb"  # what the connection is called in Flower's config.toml
+CONNECTION = "fedvb"  # what the connection is called in Flower's config
+CONFIG = "config.toml"  # of Flower's commands, in their home
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")  # the server's own processes call it by these
 PORT = 8000
 MOST_NODES = 10_000
@@ -82,6 +83,25 @@ def make_keys(folder: Path, nodes: int, hosts: Sequence[str] = (), port: int | N
         _node(folder, number, made)
     _connection(folder, hosts, port, made)
     return Keys(folder, tuple(made), tuple(range(1, nodes + 1)), good_for)
+
+
+def write_connection(home: Path, host: str, port: int, authority: Path | None) -> bool:
+    """Tell Flower's commands where the server is, in a home of theirs; whether that was new.
+
+    Args:
+        home: what `FLWR_HOME` is to be.
+        host, port: of the server.
+        authority: the certificate that vouches for it; None is a server without TLS.
+    """
+    file = home / CONFIG
+    shown = f"[{host}]" if ":" in host else host
+    trust = "insecure = true" if authority is None else f'root-certificates = "{authority.absolute()}"'
+    content = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+    content += f'address = "{shown}:{port}"\n{trust}\n'
+    if file.exists() and file.read_text() == content:
+        return False
+    _write(file, content.encode(), [], private=False)
+    return True
 
 
 def check_server_keys(folder: Path) -> datetime:
@@ -171,15 +191,10 @@ def _node(folder: Path, number: int, made: list[str]) -> None:
 
 def _connection(folder: Path, hosts: Sequence[str], port: int | None, made: list[str]) -> None:
     """Flower's home: where its commands find the server. Written anew where it says something else."""
-    file = folder / "flwr" / "config.toml"
-    known = _known_address(file)
-    host = f"[{hosts[0]}]" if hosts and ":" in hosts[0] else next(iter(hosts), known[0])
-    content = (
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{host}:'
-        f'{port or known[1]}"\nroot-certificates = "{(folder / "ca.crt").absolute()}"\n'
-    )
-    if not file.exists() or file.read_text() != content:
-        _write(file, content.encode(), made, private=False)
+    known = _known_address(folder / "flwr" / CONFIG)
+    host = next(iter(hosts), known[0])
+    if write_connection(folder / "flwr", host, port or known[1], folder / "ca.crt"):
+        made.append(CONFIG)
 
 
 def _known_address(file: Path) -> tuple[str, int]:
@@ -187,7 +202,7 @@ def _known_address(file: Path) -> tuple[str, int]:
     try:
         address = tomllib.loads(file.read_text())["superlink"][CONNECTION]["address"]
         host, _, port = address.rpartition(":")
-        return host, int(port)
+        return host.strip("[]"), int(port)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return OWN_HOSTS[0], PORT
 

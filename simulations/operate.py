@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_commands"]
 
+ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where this machine finds a server that listens everywhere
 SOON = 30  # days before a certificate ends in which the server says so
 
 
@@ -54,9 +55,9 @@ def keys(
     print(f"made {', '.join(made.made) or 'nothing new'} in {out}")
     print(f"server    {out}/server.pem, server.key, ca.crt; good for {', '.join(made.hosts)}")
     print(f"site n    {out}/ca.crt, node-n: nothing else")
-    print("let the nodes in, on the server's machine, once it runs:")
+    print("let the nodes in, on the server's machine, once it runs (STATE is of fedvb server):")
     for number in made.nodes:
-        print(f"  FLWR_HOME={out}/flwr flwr supernode register {out}/node-{number}.pub {CONNECTION}")
+        print(f"  FLWR_HOME=STATE/flwr flwr supernode register {out}/node-{number}.pub {CONNECTION}")
 
 
 def server(
@@ -84,9 +85,11 @@ def server(
     """Run Flower's SuperLink, over TLS, open to registered nodes only.
 
     Runs are started, and nodes let in, from this machine alone, or from
-    where --operators says.
+    where --operators says; FLWR_HOME=STATE/flwr tells Flower's commands
+    where it is.
     """
     from fl_server.gate import GateSettings
+    from fl_server.keys import write_connection
     from simulations.superlink import run_superlink
 
     settings = GateSettings(tuple(operators or ()), requests, megabytes)
@@ -96,6 +99,9 @@ def server(
         warn_insecure()
     require_free(host, port)
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if "FLWR_HOME" not in os.environ:  # else it is somebody's, who may have connections of his own there
+        authority = None if insecure or keys is None else keys / "ca.crt"
+        write_connection(state / "flwr", ANYWHERE.get(host, host), port, authority)
     os.environ.update(environment(state))
     run_superlink([*arguments, "--disable-runtime-dependency-installation"], settings)
 

@@ -66,6 +66,31 @@ def wire(json: Annotated[Path | None, typer.Option(help="Write all numbers here.
 
 
 @app.command()
+def poison(
+    data: Annotated[str, typer.Option(help="docstrings, a file, a folder or a hub id.")] = "docstrings",
+    model: Annotated[str, typer.Option(help="Base model: minilm, a local folder, a hub id.")] = "minilm",
+    clients: Annotated[int, typer.Option(min=3, help="All of them train in every round.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Of training.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Local steps of a round.")] = 10,
+    factor: Annotated[
+        list[float] | None, typer.Option(help="Of clip-updates; 0 is off. May be given again.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text at most.")] = 64,
+    eval_examples: Annotated[int, typer.Option(help="Held-out texts to score on.")] = 500,
+    partition: Annotated[str, typer.Option(help="How texts are dealt.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of everything drawn at random.")] = 0,
+) -> None:
+    """A task's score with one client that lies, and with its updates cut back."""
+    from simulations.bench.poison import run
+    from simulations.config import default_config
+
+    given = {"data": data, "model": model, "clients": clients, "clients-per-round": clients, "rounds": rounds}
+    given |= {"local-steps": steps, "max-length": max_length, "eval-examples": eval_examples}
+    given |= {"partition": partition, "seed": seed, "eval-every": 1}
+    run({**default_config(), **given}, factor or [0.0, 1.0, 1.5, 3.0])
+
+
+@app.command()
 def arrival(
     data: Annotated[str, typer.Option(help="A site's text: a file or a folder.")],
     model: Annotated[str, typer.Option(help="Base model: minilm, a local folder, a hub id.")] = "minilm",

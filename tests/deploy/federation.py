@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ __all__ = ["Federation", "Site", "free_ports"]
 
 FEDVB = [sys.executable, "-m", "simulations.cli"]
 PROGRAMS = Path(sys.executable).parent
+RUNNING = "Uvicorn running on"  # what a server says when it listens
 
 
 def free_ports(count: int) -> list[int]:
@@ -59,6 +60,11 @@ class Site:
     def status(self) -> pb.TrainerStatus:
         return trainer_status(self.socket)
 
+    def sent(self, folder: Path) -> dict[str, bytes]:
+        """The last update that its trainer has sent in each run, by the run's name."""
+        found = folder.glob(f"state-{self.number}/memory/*/sent/0.blob")
+        return {path.parent.parent.name: path.read_bytes() for path in found}
+
 
 @dataclass
 class Federation:
@@ -69,12 +75,16 @@ class Federation:
         model: of every site.
         data: a file for each site.
         options: of `fedvb trainer`, for every site.
+        host: that the sites and operators call the server by.
+        machines: what a command is put behind to run on the machine of a process, by its name without number.
     """
 
     folder: Path
     model: Path
     data: Sequence[Path]
     options: Sequence[str] = ()
+    host: str = "127.0.0.1"
+    machines: Mapping[str, Sequence[str]] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     killed: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -84,7 +94,7 @@ class Federation:
         self.sites = [
             Site(number, file, self.folder / f"{number}.sock") for number, file in enumerate(self.data, 1)
         ]
-        make_keys(self.keys, len(self.data), ["localhost", "127.0.0.1"], self.port)
+        make_keys(self.keys, len(self.data), [self.host], self.port)
 
     def __enter__(self) -> Federation:
         return self
@@ -99,13 +109,14 @@ class Federation:
 
     # --- Processes -------------------------------------------------------------------
 
-    def start(self, name: str, command: Sequence[str | Path], **environment: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
         """Start a process in a group of its own, with a log of its own."""
+        environment = {key: value for key, value in os.environ.items() if key != "FLWR_HOME"}
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [str(part) for part in command],
+                [*self.machines.get(name.partition("-")[0], ()), *map(str, command)],
                 cwd=ROOT,
-                env={**os.environ, "PATH": f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}", **environment},
+                env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -152,15 +163,16 @@ class Federation:
         )
 
     def start_server(self) -> None:
+        before = self.log("server").count(RUNNING)
         self.start(
             "server",
             [
-                *(*FEDVB, "server", "--keys", self.keys, "--host", "127.0.0.1", "--port", str(self.port)),
+                *(*FEDVB, "server", "--keys", self.keys, "--port", str(self.port)),
+                *("--host", "127.0.0.1" if self.host == "127.0.0.1" else "0.0.0.0"),
                 *("--state", self.folder / "server"),
             ],
-            FLWR_HOME=str(self.folder / "server" / "flwr"),
         )
-        self.wait_until(self._server_listens, "the server listens")
+        self.wait_until(lambda: self.log("server").count(RUNNING) > before, "the server listens")
 
     def start_node(
         self, site: Site, *, key: str = "", ca: str = "", port: int = 0, superlink: int = 0
@@ -170,12 +182,11 @@ class Federation:
         self.start(
             f"node-{site.number}",
             [
-                *(*FEDVB, "site", "--superlink", f"127.0.0.1:{superlink or self.port}", "--key", key),
+                *(*FEDVB, "site", "--superlink", f"{self.host}:{superlink or self.port}", "--key", key),
                 *("--ca", ca or f"{self.keys}/ca.crt", "--socket", site.socket, "--name", site.name),
                 *("--state", self.folder / f"node-{site.number}"),
                 *("--port", str(port)),
             ],
-            FLWR_HOME=str(self.folder / f"node-{site.number}" / "flwr"),
         )
 
     def restart_node(self, site: Site) -> None:
@@ -194,19 +205,20 @@ class Federation:
         """Let a node in."""
         self.flwr("supernode", "register", f"{self.keys}/node-{site.number}.pub", CONNECTION)
 
-    def flwr(self, *arguments: str) -> str:
-        """Call Flower's command line; returns what it prints."""
+    def flwr(self, *arguments: str | Path, machine: str = "server", code: int = 0) -> str:
+        """Call Flower's command line on a machine; returns what it prints."""
+        home = self.folder / "server" / "flwr" if machine == "server" else self.keys / "flwr"
         done = subprocess.run(
-            [PROGRAMS / "flwr", *arguments],
+            [*self.machines.get(machine, ()), PROGRAMS / "flwr", *arguments],
             cwd=ROOT,
-            env={**os.environ, "FLWR_HOME": str(self.keys / "flwr")},
+            env={**os.environ, "FLWR_HOME": str(home)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
             timeout=120,
         )
-        assert done.returncode == 0, done.stdout
+        assert done.returncode == code, done.stdout
         return done.stdout
 
     # --- Runs ------------------------------------------------------------------------
@@ -262,11 +274,8 @@ class Federation:
 
     def log(self, name: str) -> str:
         """One log, whole."""
-        return (self.folder / f"{name}.log").read_text(errors="replace")
-
-    def _server_listens(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+        path = self.folder / f"{name}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,10 @@ def commands(path: Path) -> list[list[str]]:
         lines = re.findall(r"^ExecStart=/opt/fedvb/bin/fedvb (.*)$", text, re.MULTILINE)
         return [shlex.split(line.replace("$FEDVB_OPTIONS", "--labels no,yes")) for line in lines]
     services = yaml.safe_load(text)["services"].values()
-    return [shlex.split(re.sub(r"\$\{[^}]*\}", "1", service["command"])) for service in services]
+    filled = [
+        re.sub(r"\$\{FEDVB_OPTIONS[^}]*\}", "--labels no,yes", service["command"]) for service in services
+    ]
+    return [shlex.split(re.sub(r"\$\{[^}]*\}", "1", command)) for command in filled]
 
 
 @pytest.mark.parametrize(
@@ -35,3 +41,32 @@ def test_commands_are_taken(path: Path):
     for name, *arguments in found:
         command = group.commands[name]  # type: ignore[attr-defined]
         command.make_context(name, arguments)  # raises where an option is unknown or missing
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_takes_the_units(tmp_path: Path):
+    """As they are, but for the program: it is not installed here."""
+    units = [tmp_path / path.name for path in DEPLOY.glob("systemd/*.service")]
+    for unit in units:
+        text = (DEPLOY / "systemd" / unit.name).read_text()
+        unit.write_text(text.replace("/opt/fedvb/bin/fedvb", sys.executable))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *map(str, units)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    unit.write_text(unit.read_text().replace("[Service]", "[Service]\nRestrat=always"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False
+    )
+    assert "'Restrat'" in done.stderr, "it would have told"
+
+
+def test_a_node_cannot_reach_the_texts():
+    site = (DEPLOY / "systemd" / "fedvb-site.service").read_text()
+    (hidden,) = re.findall(r"^InaccessiblePaths=(.*)$", site, re.MULTILINE)
+    guide = (ROOT / "docs" / "deploy.md").read_text()
+    data = re.findall(r"fedvb trainer .*--data (\S+)", guide)
+    assert data
+    assert all(any(path.startswith(part.lstrip("-") + "/") for part in hidden.split()) for path in data)
+    volumes = yaml.safe_load((DEPLOY / "compose" / "site.yaml").read_text())["services"]["site"]["volumes"]
+    assert not {"./data", "./model", "trainer"} & {volume.partition(":")[0] for volume in volumes}

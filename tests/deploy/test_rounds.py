@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import ssl
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,23 @@ def test_two_sites_train_a_round(folder: Path, minilm: Path):
             assert site.status().bases_loaded == 1
             assert (folder / f"state-{site.number}" / "memory").is_dir()
         assert "import torch" not in federation.log("node-1")
+        told = declare(federation, 10**10)
+        assert told.startswith("HTTP/1.1 413"), "the gate stands before Flower"
+        assert "10000000000 bytes, expected 8388608 at most" in told
+
+
+def declare(federation: Federation, length: int) -> str:
+    """What the server answers to a node that announces so many bytes, before any of them."""
+    context = ssl.create_default_context(cafile=str(federation.keys / "ca.crt"))
+    with (
+        socket.create_connection(("127.0.0.1", federation.port), timeout=20) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as line,
+    ):
+        request = (
+            f"POST /v1/fleet/push-object HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
+        )
+        line.sendall(request.encode())
+        return b"".join(iter(lambda: line.recv(4096), b"")).decode()
 
 
 @pytest.mark.slow

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import MutableMapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
+from fl_server import gate
 from fl_server.gate import MOST_BYTES, Gate, GateSettings
 from vblora.errors import ConfigError
 
@@ -39,9 +41,12 @@ class Server:
         body: tuple[bytes, ...] = (b"",),
         declared: int | str | None = None,
         here: str = "10.0.0.1",
+        signed: datetime | None = None,
     ) -> tuple[int, str]:
         """Code and sentence of an answer; the body comes in these pieces."""
         headers = [] if declared is None else [(b"content-length", str(declared).encode())]
+        if signed is not None:
+            headers.append((b"flwr-timestamp", signed.isoformat().encode()))
         scope = {
             "type": "http",
             "path": path,
@@ -132,6 +137,28 @@ def test_a_refusal_is_logged_once_a_minute(caplog: pytest.LogCaptureFixture):
     server.ask(RUN)
     assert len(caplog.messages) == 2
     assert caplog.messages[0].startswith("refused /v1/control/start-run from 10.0.0.9: only the server's own")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0, ""), (2, ""), (-200, ""), (60, "60 s ahead of this one"), (-900, "900 s behind this one")],
+)
+def test_a_clock_that_flower_refuses_is_named(seconds: int, told: str, caplog: pytest.LogCaptureFixture):
+    signed = datetime.now(UTC) + timedelta(seconds=seconds)
+    assert Server().ask(NODE, signed=signed)[0] == 200, "Flower decides"
+    assert len(caplog.messages) == bool(told)
+    assert told in "".join(caplog.messages)
+
+
+def test_what_flower_calls_it():
+    from flwr.common import constant
+    from flwr.superlink.routers.fleet.router import router
+
+    assert gate.CLOCK_HEADER.decode() == constant.TIMESTAMP_HEADER
+    assert gate.AHEAD == constant.SYSTEM_TIME_TOLERANCE
+    assert constant.TIMESTAMP_TOLERANCE <= gate.BEHIND <= constant.TIMESTAMP_TOLERANCE + gate.AHEAD
+    assert router.prefix + "/" == gate.NODES
+    assert constant.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE < MOST_BYTES
 
 
 def test_a_caller_that_leaves_reaches_nobody():

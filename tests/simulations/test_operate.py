@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import tomllib
 import urllib.request
 from collections.abc import Sequence
 from contextlib import closing
@@ -61,7 +62,8 @@ def port() -> int:
 def test_server_and_site_use_the_keys(fedvb: Run, became: Became, tmp_path: Path, port: int):
     told = fedvb("keys", "--out", "keys", "--nodes", "2", "--host", "fed.example.org")
     assert (told.code, told.err) == (0, "")
-    assert "flwr supernode register keys/node-2.pub fedvb" in told.out
+    assert "FLWR_HOME=STATE/flwr flwr supernode register keys/node-2.pub fedvb" in told.out
+    os.environ.pop("FLWR_HOME", None)
     assert fedvb("server", "--keys", "keys", "--port", port, "--operators", "10.0.0.0/8").code == 0
     server, environment = became.calls[-1]
     assert "--enable-supernode-auth" in server
@@ -70,6 +72,12 @@ def test_server_and_site_use_the_keys(fedvb: Run, became: Became, tmp_path: Path
     assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
     assert environment["PATH"].startswith(str(Path(sys.executable).parent)), "it starts others by name"
     assert became.gates == [GateSettings(("10.0.0.0/8",))]
+    config = tomllib.loads((tmp_path / "superlink" / "flwr" / "config.toml").read_text())
+    assert environment["FLWR_HOME"] == str(tmp_path / "superlink" / "flwr")
+    assert config["superlink"]["fedvb"] == {
+        "address": f"127.0.0.1:{port}",
+        "root-certificates": str(tmp_path / "keys" / "ca.crt"),
+    }
     site = ("site", "--superlink", "h:8000", "--key", "keys/node-1", "--port", port)
     assert fedvb(*site, "--socket", "t.sock").code == 0
     assert "--insecure" not in became.calls[-1][0]

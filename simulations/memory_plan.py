@@ -1,0 +1,249 @@
+"""What local training takes of a device's memory, and which settings fit into it. No weights, no device.
+
+Counted is what lies there at the worst moment of a step: the base, the adapter with its gradients and
+moments, what autograd keeps of every layer, the logits over the vocabulary, and what layers need in passing.
+Tests hold the parts to what PyTorch keeps on a CPU; `simulations.bench.trainer7b` prints prediction and peak
+of a GPU.
+
+Letters: d hidden width, q and k width of all query and key heads, i inner width of the MLP, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from torch import nn
+
+from vblora.candidates import WIDTH
+from vblora.errors import ModelError, raise_faults
+from vblora.model import find_head, find_linears
+from vblora.spec import Blueprint
+
+__all__ = ["BaseShape", "Memory", "Training", "base_shape", "fitting_settings", "predicted_memory"]
+
+GIB = 1 << 30
+NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
+QUANTISED = {"none": 0.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}  # bytes a weight; nf4 has a float32 for every 64
+CONTEXT = 0.6 * GIB  # CUDA's own, which PyTorch does not count
+SLACK = 0.05  # of the rest: what the allocator cannot use
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """What of a base model takes memory; numbers are counts, not bytes.
+
+    Attributes:
+        linear: in linear layers that can be quantised: all but the output embedding and a task head.
+        other: in everything else, each shared one once.
+        largest: of the largest linear layer.
+        layers, hidden, queries, keys, inner: L, d, q, k, i.
+        vocabulary: V of the logits; 0 where a classifier stands in their place.
+        gated: whether the MLP is act(gate x) * up x, as a Llama's, and norms are root mean squares; else
+            act(up x) and layer norms, as a BERT's.
+    """
+
+    linear: int
+    other: int
+    largest: int
+    layers: int
+    hidden: int
+    queries: int
+    keys: int
+    inner: int
+    vocabulary: int
+    gated: bool
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a site trains.
+
+    Attributes:
+        rows, length: texts of a step, tokens of each.
+        dtype: of the base and its activations.
+        quantize: none, 8bit or 4bit: how the base's linear layers lie in memory.
+        checkpointing: keep one input a layer, and compute the layer again for its gradients.
+        accumulate: parts that the texts of a step are trained in, one after another.
+    """
+
+    rows: int = 4
+    length: int = 512
+    dtype: str = "bfloat16"
+    quantize: str = "none"
+    checkpointing: bool = False
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        raise_faults("memory plan", self._faults())
+
+    @property
+    def tokens(self) -> int:
+        """That are trained on at once."""
+        return -(-self.rows // self.accumulate) * self.length
+
+    def _faults(self) -> Iterator[str]:
+        for name in ("rows", "length", "accumulate"):
+            if getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}, expected at least 1"
+        if self.accumulate > self.rows:
+            yield f"accumulate is {self.accumulate}, expected at most the {self.rows} texts of a step"
+        if self.dtype not in NUMBER:
+            yield f"dtype is {self.dtype!r}, expected one of {', '.join(NUMBER)}"
+        if self.quantize not in QUANTISED:
+            yield f"quantize is {self.quantize!r}, expected one of {', '.join(QUANTISED)}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the worst moment of a step.
+
+    Attributes:
+        base: the frozen model.
+        adapter: trained tensors with gradients and moments, and the rows composed of them.
+        activations: what autograd keeps of all layers.
+        passing: logits with their gradients, or one layer computed again, whichever is larger.
+    """
+
+    base: float
+    adapter: float
+    activations: float
+    passing: float
+
+    @property
+    def allocated(self) -> float:
+        """What PyTorch's allocator reports as its peak."""
+        return self.base + self.adapter + self.activations + self.passing
+
+    @property
+    def device(self) -> float:
+        """What the device has to have: with CUDA's own share, and with what the allocator cannot use."""
+        return self.allocated * (1 + SLACK) + CONTEXT
+
+
+def base_shape(model: nn.Module) -> BaseShape:
+    """The shape of a model, which may lie on the meta device.
+
+    Raises:
+        ModelError: its config does not tell its width and depth.
+    """
+    config: Any = getattr(model, "config", None)
+    try:
+        hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
+        heads = int(config.num_attention_heads)
+    except (AttributeError, TypeError) as error:
+        raise ModelError(f"memory plan: the config of {type(model).__name__} lacks {error}") from error
+    each = getattr(config, "head_dim", None) or hidden // heads
+    linears = find_linears(model)
+    sizes = [linear.in_features * linear.out_features for linear in linears]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    names = {linear.name.rsplit(".", 1)[-1] for linear in linears}
+    return BaseShape(
+        linear=sum(sizes),
+        other=total - sum(sizes),
+        largest=max(sizes),
+        layers=layers,
+        hidden=hidden,
+        queries=heads * each,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * each,
+        inner=_inner(config, hidden),
+        vocabulary=0 if find_head(model) else int(config.vocab_size),
+        gated=bool(names & {"gate_proj", "gate_up_proj"}),
+    )
+
+
+def predicted_memory(shape: BaseShape, blueprint: Blueprint, training: Training, clients: int = 1) -> Memory:
+    """The memory of one cohort's local steps."""
+    number = NUMBER[training.dtype]
+    weight = QUANTISED[training.quantize] or number
+    kept, whole = _kept_of_layer(shape, number), shape.layers * _kept_of_layer(shape, number)
+    if training.checkpointing:
+        whole = shape.layers * number * shape.hidden
+    tokens = clients * training.tokens
+    again = tokens * kept if training.checkpointing else 0.0
+    unpacked = number * shape.largest if training.quantize != "none" else 0.0
+    return Memory(
+        base=weight * shape.linear + number * shape.other,
+        adapter=clients * _adapter(blueprint, number),
+        activations=tokens * whole,
+        passing=max(tokens * _logits(shape, number), again + _gradients_of_layer(shape, number) * tokens)
+        + unpacked,
+    )
+
+
+def fitting_settings(
+    shape: BaseShape, blueprint: Blueprint, device_gib: float, rows: int = 4, length: int = 512
+) -> list[tuple[Training, Memory]]:
+    """Settings with which a step of `rows` texts of `length` tokens fits a device, the fastest first.
+
+    What is tried, from fast to slow: the base as it is, in 8 bits, in 4; layers kept, layers computed again;
+    all texts at once, in parts. Of those that differ in the number of parts alone, the fewest are named.
+    """
+    if not device_gib > 0:
+        raise_faults("memory plan", [f"--device-memory is {device_gib:g}, expected GiB above 0"])
+    found = []
+    for quantize, checkpointing in product(QUANTISED, (False, True)):
+        for parts in _parts(rows):
+            training = Training(rows, length, "bfloat16", quantize, checkpointing, parts)
+            memory = predicted_memory(shape, blueprint, training)
+            if memory.device <= device_gib * GIB:
+                found.append((training, memory))
+                break
+    return found
+
+
+def _inner(config: Any, hidden: int) -> int:
+    for name in ("intermediate_size", "n_inner", "ffn_dim"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    return 4 * hidden
+
+
+def _parts(rows: int) -> list[int]:
+    """Numbers of parts that leave each of them another size: 1, 2, 4, ... and one text at a time."""
+    doubled = [1 << power for power in range(rows.bit_length()) if 1 << power < rows]
+    return [*doubled, rows] if rows > 1 else [1]
+
+
+def _kept_of_layer(shape: BaseShape, number: int) -> float:
+    """Bytes a token that autograd keeps of one layer.
+
+    Attention: the layers' input (d), q, k, v and the result (q + 2k + q), the result again for the output
+    layer (q). Gated MLP: gate, act(gate), up, their product (4i), and its input (d); each of two norms keeps
+    its input in float32. Plain MLP: input (d), up and act(up) (2i); each norm keeps its own input (d).
+    """
+    attention = shape.hidden + 3 * shape.queries + 2 * shape.keys
+    if shape.gated:
+        norms = 2 * 4 * shape.hidden
+        return number * (attention + shape.hidden + 4 * shape.inner) + norms
+    return number * (attention + shape.hidden + 2 * shape.inner + 2 * shape.hidden)
+
+
+def _gradients_of_layer(shape: BaseShape, number: int) -> float:
+    """Bytes a token of the gradients that lie side by side within one layer: of the MLP's widest part."""
+    return number * ((3 if shape.gated else 2) * shape.inner + 2 * shape.hidden)
+
+
+def _logits(shape: BaseShape, number: int) -> float:
+    """Bytes a token: the logits, their logarithms in float32, and two gradients of these."""
+    return shape.vocabulary * (number + 3 * 4)
+
+
+def _adapter(blueprint: Blueprint, number: int) -> float:
+    """Bytes of one client: parameters, gradients and two moments in float32; the rows that are composed, in
+    float32 and in the base's type, with their gradients."""
+    dense = sum(_size(shape) for shape in blueprint.dense_shapes.values())
+    rows = blueprint.rows * blueprint.vector_length
+    chosen = blueprint.topk_shape
+    logits = 0 if chosen is None else chosen[0] * min(WIDTH, chosen[2])
+    composed = rows * (4 + 2 * number + 4) if chosen is not None else rows * 2 * number
+    return 16 * (dense + logits) + 2 * logits + composed
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size
