@@ -22,13 +22,23 @@ from vblora.errors import ModelError, raise_faults
 from vblora.model import find_head, find_linears
 from vblora.spec import Blueprint
 
-__all__ = ["BaseShape", "Memory", "Training", "base_shape", "fitting_settings", "predicted_memory"]
+__all__ = [
+    "BaseShape",
+    "Memory",
+    "Training",
+    "adapter_bytes",
+    "base_shape",
+    "fitting_settings",
+    "kept_of_layer",
+    "predicted_memory",
+]
 
 GIB = 1 << 30
 NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 QUANTISED = {"none": 0.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}  # bytes a weight; nf4 has a float32 for every 64
 CONTEXT = 0.6 * GIB  # CUDA's own, which PyTorch does not count
 SLACK = 0.05  # of the rest: what the allocator cannot use
+KEEPING = ((False, False), (True, False), (False, True))  # recompute, checkpointing; from fast to slow
 
 
 @dataclass(frozen=True)
@@ -65,14 +75,16 @@ class Training:
         rows, length: texts of a step, tokens of each.
         dtype: of the base and its activations.
         quantize: none, 8bit or 4bit: how the base's linear layers lie in memory.
+        recompute: make inputs of adapted layers anew where that is cheap.
         checkpointing: keep one input a layer, and compute the layer again for its gradients.
-        accumulate: parts that the texts of a step are trained in, one after another.
+        accumulate: pieces that the texts of a step are passed in, one after another.
     """
 
     rows: int = 4
     length: int = 512
     dtype: str = "bfloat16"
     quantize: str = "none"
+    recompute: bool = False
     checkpointing: bool = False
     accumulate: int = 1
 
@@ -158,18 +170,15 @@ def predicted_memory(shape: BaseShape, blueprint: Blueprint, training: Training,
     """The memory of one cohort's local steps."""
     number = NUMBER[training.dtype]
     weight = QUANTISED[training.quantize] or number
-    kept, whole = _kept_of_layer(shape, number), shape.layers * _kept_of_layer(shape, number)
-    if training.checkpointing:
-        whole = shape.layers * number * shape.hidden
-    tokens = clients * training.tokens
-    again = tokens * kept if training.checkpointing else 0.0
+    layer = kept_of_layer(shape, number, training.recompute)
+    passing = _gradients_of_layer(shape, number) + (layer if training.checkpointing else 0)
     unpacked = number * shape.largest if training.quantize != "none" else 0.0
+    tokens = clients * training.tokens
     return Memory(
         base=weight * shape.linear + number * shape.other,
-        adapter=clients * _adapter(blueprint, number),
-        activations=tokens * whole,
-        passing=max(tokens * _logits(shape, number), again + _gradients_of_layer(shape, number) * tokens)
-        + unpacked,
+        adapter=clients * adapter_bytes(blueprint, number),
+        activations=tokens * shape.layers * (number * shape.hidden if training.checkpointing else layer),
+        passing=tokens * max(_logits(shape, number), passing) + unpacked,
     )
 
 
@@ -178,15 +187,16 @@ def fitting_settings(
 ) -> list[tuple[Training, Memory]]:
     """Settings with which a step of `rows` texts of `length` tokens fits a device, the fastest first.
 
-    What is tried, from fast to slow: the base as it is, in 8 bits, in 4; layers kept, layers computed again;
-    all texts at once, in parts. Of those that differ in the number of parts alone, the fewest are named.
+    What is tried, from fast to slow: the base as it is, in 8 bits, in 4; everything kept, cheap inputs made
+    anew, layers computed again; all texts at once, in pieces. Of those that differ in the number of pieces
+    alone, the fewest are named.
     """
     if not device_gib > 0:
         raise_faults("memory plan", [f"--device-memory is {device_gib:g}, expected GiB above 0"])
     found = []
-    for quantize, checkpointing in product(QUANTISED, (False, True)):
-        for parts in _parts(rows):
-            training = Training(rows, length, "bfloat16", quantize, checkpointing, parts)
+    for quantize, (recompute, checkpointing) in product(QUANTISED, KEEPING):
+        for pieces in _pieces(rows):
+            training = Training(rows, length, "bfloat16", quantize, recompute, checkpointing, pieces)
             memory = predicted_memory(shape, blueprint, training)
             if memory.device <= device_gib * GIB:
                 found.append((training, memory))
@@ -201,24 +211,26 @@ def _inner(config: Any, hidden: int) -> int:
     return 4 * hidden
 
 
-def _parts(rows: int) -> list[int]:
-    """Numbers of parts that leave each of them another size: 1, 2, 4, ... and one text at a time."""
+def _pieces(rows: int) -> list[int]:
+    """Numbers of pieces that a step is cut into: 1, 2, 4, ... and one text at a time."""
     doubled = [1 << power for power in range(rows.bit_length()) if 1 << power < rows]
-    return [*doubled, rows] if rows > 1 else [1]
+    return [*doubled, rows]
 
 
-def _kept_of_layer(shape: BaseShape, number: int) -> float:
-    """Bytes a token that autograd keeps of one layer.
+def kept_of_layer(shape: BaseShape, number: int, recompute: bool) -> float:
+    """Bytes a token that autograd keeps of one layer, at `number` bytes a number.
 
-    Attention: the layers' input (d), q, k, v and the result (q + 2k + q), the result again for the output
-    layer (q). Gated MLP: gate, act(gate), up, their product (4i), and its input (d); each of two norms keeps
-    its input in float32. Plain MLP: input (d), up and act(up) (2i); each norm keeps its own input (d).
+    Attention: the input of its layers (d); q, k, v and the result (2q + 2k), the result again for the output
+    layer (q). Gated MLP: its input (d), gate, act(gate), up and their product (4i); each of two norms keeps
+    its input in float32. Plain MLP: its input (d), up and act(up) (2i); each norm keeps its input (d).
+
+    `recompute` makes anew both inputs that come out of a norm (2d), and that of the last layer (i).
     """
-    attention = shape.hidden + 3 * shape.queries + 2 * shape.keys
-    if shape.gated:
-        norms = 2 * 4 * shape.hidden
-        return number * (attention + shape.hidden + 4 * shape.inner) + norms
-    return number * (attention + shape.hidden + 2 * shape.inner + 2 * shape.hidden)
+    numbers = 2 * shape.hidden + 3 * shape.queries + 2 * shape.keys
+    numbers += 4 * shape.inner if shape.gated else 2 * shape.inner + 2 * shape.hidden
+    if recompute:
+        numbers -= 2 * shape.hidden + shape.inner
+    return number * numbers + (2 * 4 * shape.hidden if shape.gated else 0)
 
 
 def _gradients_of_layer(shape: BaseShape, number: int) -> float:
@@ -231,7 +243,7 @@ def _logits(shape: BaseShape, number: int) -> float:
     return shape.vocabulary * (number + 3 * 4)
 
 
-def _adapter(blueprint: Blueprint, number: int) -> float:
+def adapter_bytes(blueprint: Blueprint, number: int) -> float:
     """Bytes of one client: parameters, gradients and two moments in float32; the rows that are composed, in
     float32 and in the base's type, with their gradients."""
     dense = sum(_size(shape) for shape in blueprint.dense_shapes.values())
