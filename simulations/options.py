@@ -111,6 +111,7 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "wire-keep": (0.0, "Share of the largest numbers that go up."),
         "wire-feedback": ("auto", "Clients add what rounding dropped to their next update: on, off, auto."),
         "wire-stochastic": ("auto", "Clients round up or down by chance: on, off, auto."),
+        "wire-trellis": ("auto", "Clients round along a trellis, smaller and slower: on, off, auto."),
     },
     "Run": {
         "seed": (0, "Of everything drawn at random."),

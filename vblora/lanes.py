@@ -1,10 +1,11 @@
 """Many whole numbers of one kind as bytes, coded by how large their neighbours are.
 
 A section is cut, in C order, into lanes (`vblora.trellis.lane_length`). Bank vectors move unevenly, so each
-lane has a class, that of its mean size, which travels first. The numbers follow block by block, within a
-block column by column, each by the frequencies of its context: its class and, along a trellis, whether its
-state is odd. Frequencies start from a shape that the class gives, and learn from every column that was read;
-so no table travels, and a small section is coded nearly as well as a large one.
+lane has a class, that of its mean size, which travels first. The numbers follow, each by the frequencies of
+its context: its class and, along a trellis, whether its state is odd. Frequencies start from a shape that the
+class gives, and learn from what was read: in a large section class after class, from blocks that double; in a
+small one, and along a trellis, from every column of the lanes. So no table travels, and a small section is
+coded nearly as well as a large one.
 
 Axes: n lanes, L numbers of a lane.
 """
@@ -39,9 +40,12 @@ __all__ = ["LaneModel", "decode_lanes", "encode_lanes", "lane_classes", "lane_en
 
 Ints = NDArray[np.int64]
 
-PLAIN, ALONG = 0, 1  # the trellis
+PLAIN, ALONG, BY_CLASS = 0, 1, 2  # plain, along the trellis, plain and class after class
+MANY = 1 << 13  # numbers of a section that is told by class: several times faster, and learning costs little
+FIRST_BLOCK = 1 << 8  # numbers of a class that are told before any was learnt
 BLOCK_LANES = 512  # lanes coded side by side
 RUN_LANES = 64  # lanes whose plain bits lie together
+RUN = 1 << 14  # numbers whose plain bits do, where classes follow one another
 UNIT_CLASS = 9  # of a mean size of 1; classes are half octaves apart, class 0 is all zeros
 MOST_CLASS = UNIT_CLASS + 62
 SEEN = 128  # what one number that was read adds to a frequency
@@ -61,7 +65,9 @@ def encode_lanes(numbers: NDArray[np.signedinteger]) -> bytes:
     how, lanes, odd = _cut(numbers)
     classes = lane_classes(lanes)
     out = [bytes([how]), encode_integers(classes)]
-    if classes.any():
+    if how == BY_CLASS and classes.any():
+        out += _told_by_class(np.ascontiguousarray(numbers, np.int64).reshape(-1), classes)
+    elif classes.any():
         tokens = to_tokens(lanes.reshape(-1)).reshape(lanes.shape)
         model = LaneModel(classes, alphabet=int(tokens.max()) + 1)
         encoder = constriction.stream.queue.RangeEncoder()
@@ -96,13 +102,15 @@ def decode_lanes(data: Reader, count: int) -> NDArray[np.int32]:
     numbers = np.zeros((-(-count // length), length), np.int32)
     how = data.take(1)[0]
     classes = decode_integers(data, len(numbers))
-    if how not in (PLAIN, ALONG) or not ((classes >= 0) & (classes <= MOST_CLASS)).all():
-        raise WireError(f"lanes: way {how}, expected 0 or 1, or a class that is not 0 to {MOST_CLASS}")
+    if how not in (PLAIN, ALONG, BY_CLASS) or not ((classes >= 0) & (classes <= MOST_CLASS)).all():
+        raise WireError(f"lanes: way {how}, expected 0 to 2, or a class that is not 0 to {MOST_CLASS}")
     if not classes.any():
         return numbers.reshape(-1)[:count]
     alphabet = data.varint()
     if not 2 <= alphabet <= MAX_TOKENS:
         raise WireError(f"lanes: {alphabet} tokens, expected 2 to {MAX_TOKENS}")
+    if how == BY_CLASS:
+        return _read_by_class(data, alphabet, classes, numbers.reshape(-1)[:count])
     model, decoder = LaneModel(classes, alphabet), data.range_decoder()
     parity = _parities(alphabet)
     odd = np.zeros(numbers.shape, np.int8)
@@ -156,6 +164,70 @@ class LaneModel:
         self._frequencies[full] = (self._frequencies[full] + 1) // 2
 
 
+class _ClassModel:
+    """Frequencies of the tokens of one class, learnt block by block.
+
+    Args:
+        number: the class.
+        alphabet: tokens are below this.
+    """
+
+    def __init__(self, number: int, alphabet: int) -> None:
+        self._frequencies = np.array(_start(number, alphabet), np.int64)
+
+    def now(self) -> constriction.stream.model.Categorical:
+        """What the next block is told by."""
+        return constriction.stream.model.Categorical(self._frequencies.astype(np.float32), perfect=False)
+
+    def learn(self, symbols: NDArray[np.signedinteger]) -> None:
+        """Count a block."""
+        self._frequencies += SEEN * np.bincount(symbols, minlength=len(self._frequencies))
+        while int(self._frequencies.sum()) > MOST_SEEN:
+            self._frequencies = (self._frequencies + 1) // 2
+
+
+def _told_by_class(flat: Ints, classes: Ints) -> Iterator[bytes]:
+    """The alphabet, the words, and the plain bits of a section that is told class after class."""
+    tokens = to_tokens(flat)
+    alphabet = int(tokens.max()) + 1
+    encoder = constriction.stream.queue.RangeEncoder()
+    for number, inside in _by_class(classes, flat.size):
+        own, model = tokens[inside].astype(np.int32), _ClassModel(number, alphabet)
+        for block in _doubling(own.size):
+            encoder.encode(own[block], model.now())
+            model.learn(own[block])
+    words = encoder.get_compressed()
+    yield varint(alphabet) + varint(len(words)) + words.astype("<u4").tobytes()
+    for run in _runs(flat.size, RUN):
+        yield plain_bits(flat[run])
+
+
+def _read_by_class(
+    data: Reader, alphabet: int, classes: NDArray[np.int32], flat: NDArray[np.int32]
+) -> NDArray[np.int32]:
+    """Fill `flat`, which is all zeros, with what `_told_by_class` has told after the alphabet."""
+    decoder = data.range_decoder()
+    for number, inside in _by_class(classes, flat.size):
+        model = _ClassModel(number, alphabet)
+        own = np.zeros(int(inside.sum()), np.int32)
+        for block in _doubling(own.size):
+            own[block] = decode_symbols(decoder, model.now(), block.stop - block.start)
+            model.learn(own[block])
+        flat[inside] = own
+    for run in _runs(flat.size, RUN):  # tokens so far
+        flat[run] = from_tokens(flat[run], data)
+    return flat
+
+
+def _doubling(count: int) -> Iterator[slice]:
+    """Blocks of a class: each as long as all before it."""
+    start = 0
+    while start < count:
+        stop = min(count, max(FIRST_BLOCK, 2 * start))
+        yield slice(start, stop)
+        start = stop
+
+
 @lru_cache(maxsize=256)
 def _start(number: int, alphabet: int) -> tuple[int, ...]:
     """Frequencies of a class before any number was read: as 1 / (1 + (size / (1.5 mean))^4), in integers."""
@@ -178,8 +250,15 @@ def _cut(numbers: NDArray[np.signedinteger]) -> tuple[int, Ints, NDArray[np.int8
     length = lane_length(numbers.size)
     lanes = np.zeros((-(-numbers.size // length), length), np.int64)
     lanes.reshape(-1)[: numbers.size] = numbers.reshape(-1)
-    found = walk(lanes)
-    return (PLAIN, lanes, np.zeros(lanes.shape, np.int8)) if found is None else (ALONG, *found)
+    if (found := walk(lanes)) is not None:
+        return ALONG, *found
+    return (PLAIN if numbers.size < MANY else BY_CLASS), lanes, np.zeros(lanes.shape, np.int8)
+
+
+def _by_class(classes: NDArray[np.signedinteger], count: int) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+    """Each class but 0, rising, and which of `count` numbers lie in its lanes."""
+    of_number = np.repeat(classes.astype(np.int8), lane_length(count))[:count]
+    return ((int(one), of_number == one) for one in np.flatnonzero(np.bincount(classes)) if one)
 
 
 def _parities(alphabet: int) -> NDArray[np.int8]:

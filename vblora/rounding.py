@@ -63,6 +63,8 @@ class WireSettings:
             the others are zeros, which cost little, and wait in the error feedback.
         feedback: clients add what rounding dropped to their next update.
         stochastic: clients round their change up or down by chance instead of to the nearest step.
+        trellis: clients round along a trellis (`vblora.trellis`): 0.15 bits a number fewer at the same error,
+            for five times the work; not with `stochastic`, nor where `keep` is below 1.
     """
 
     up_bits: float = 32.0
@@ -72,6 +74,7 @@ class WireSettings:
     keep: float = 1.0
     feedback: bool = False
     stochastic: bool = False
+    trellis: bool = False
 
     def __post_init__(self) -> None:
         raise_faults("wire", self._faults())
@@ -102,8 +105,8 @@ class WireSettings:
 
 WIRES: Mapping[str, WireSettings] = {
     "lossless": WireSettings(),
-    "default": WireSettings(up_bits=2.75, head_bits=4.75, gap_bits=4.0, down_bits=3.5),
-    "smallest": WireSettings(up_bits=1.25, head_bits=2.75, gap_bits=3.0, down_bits=2.5),
+    "default": WireSettings(up_bits=3.0, head_bits=5.0, gap_bits=4.0, down_bits=3.5),
+    "smallest": WireSettings(up_bits=1.25, head_bits=2.75, gap_bits=3.0, down_bits=2.5, trellis=True),
 }
 
 
@@ -238,7 +241,7 @@ def _rounded(
     if bits == BFLOAT16:
         return _bfloat16(change), 0.0
     how: Rounding = "chance" if settings.stochastic else "nearest"
-    if how == "nearest" and settings.keep == 1:  # a trellis may move what is not to be sent
+    if settings.trellis and how == "nearest" and settings.keep == 1:  # it may move what is not to be sent
         how = "trellis"
     step = np.float32(find_step(change, bits, how))
     if how == "trellis":

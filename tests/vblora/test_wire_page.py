@@ -109,6 +109,30 @@ def start_of(level: int, alphabet: int) -> list[int]:
     return [1 + 4096 * weight // sum(weights) for weight in weights]
 
 
+def by_class(
+    data: Bytes, coder: constriction.stream.queue.RangeDecoder, classes: list[int], alphabet: int
+) -> list[int]:
+    told = [0] * len(classes)
+    for level in sorted(set(classes) - {0}):
+        places = [at for at, one in enumerate(classes) if one == level]
+        frequencies, done = start_of(level, alphabet), 0
+        while done < len(places):
+            block = places[done : max(256, 2 * done)]
+            row = np.array(frequencies, np.float32)
+            for at in block:
+                (told[at],) = coder.decode(FAMILY, row[None]).tolist()
+            for at in block:
+                frequencies[told[at]] += 128
+            while sum(frequencies) > 1 << 22:
+                frequencies = [(one + 1) // 2 for one in frequencies]
+            done += len(block)
+    found: list[int] = []
+    for first in range(0, len(told), 1 << 14):
+        run = told[first : first + (1 << 14)]
+        found += map(number, run, plain_bits(run, data))
+    return found
+
+
 def lanes(data: Bytes, count: int) -> list[int]:
     length = 8
     while 2 * length <= min(128, math.isqrt(count)):
@@ -120,6 +144,8 @@ def lanes(data: Bytes, count: int) -> list[int]:
         return [0] * count
     alphabet = data.varint()
     coder = data.coder()
+    if along == 2:
+        return by_class(data, coder, [classes[at // length] for at in range(count)], alphabet)
     frequencies = {(level, odd): start_of(level, alphabet) for level in set(classes) for odd in (0, 1)}
     tokens = [[0] * length for _ in range(lane_count)]
     odds = [[0] * length for _ in range(lane_count)]
