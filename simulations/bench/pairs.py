@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping
@@ -21,15 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from simulations.bench.tables import print_table
+from simulations.compare.scores import Interval, paired
 from vblora.errors import RunError
 
 __all__ = ["Pairing", "main", "pair", "read_results"]
 
 Result = dict[str, Any]
 Setting = tuple[tuple[str, Any], ...]
-
-# Student's t at 97.5%, by degrees of freedom from 1.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -38,35 +35,23 @@ class Pairing:
 
     Attributes:
         setting: what differs from other settings of the study, as (key, value).
-        scores: by seed.
-        differences: to the other setting, by seed that both have.
+        mean: of its scores.
+        difference: to the other setting, over seeds that both have.
         up: bytes that a client sent in a round, mean.
     """
 
     setting: Setting
-    scores: Mapping[int, float]
-    differences: Mapping[int, float]
+    mean: float
+    difference: Interval
     up: float
-
-    @property
-    def mean(self) -> float:
-        return statistics.mean(self.scores.values())
-
-    @property
-    def difference(self) -> float:
-        return statistics.mean(self.differences.values())
-
-    @property
-    def half(self) -> float:
-        """Half the width of the 95% interval of the mean difference; infinite from one seed."""
-        count = len(self.differences)
-        if count < 2:
-            return math.inf
-        spread = statistics.stdev(self.differences.values())
-        return T[min(count - 1, len(T)) - 1] * spread / math.sqrt(count)
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.setting) or "as the study's base"
+
+    @property
+    def half(self) -> float | None:
+        """Half the width of the interval; None of one seed."""
+        return None if self.difference.high is None else self.difference.high - self.difference.mean
 
 
 def read_results(paths: Iterable[Path]) -> list[Result]:
@@ -98,11 +83,12 @@ def pair(results: list[Result], against: Mapping[str, str], score: str = "last3"
     found = []
     for setting, runs in groups.items():
         scores = {seed: run["score"][score] for seed, run in runs.items()}
-        both = {seed: scores[seed] - other[seed] for seed in sorted(scores.keys() & other.keys())}
-        if both:
+        difference = paired(scores, other)
+        if difference is not None:
             up = statistics.mean(run["bytes"]["up_per_client_round"] for run in runs.values())
             differing = tuple(item for item in setting if item not in common)
-            found.append((setting != named[0], up, Pairing(differing, scores, both, up)))
+            mean = statistics.mean(scores.values())
+            found.append((setting != named[0], up, Pairing(differing, mean, difference, up)))
     return [pairing for *_, pairing in sorted(found, key=lambda item: item[:2])]
 
 
@@ -116,11 +102,11 @@ def plot(pairings: list[Pairing], target: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for feedback in ("off", "on"):
         points = sorted(
-            (float(dict(item.setting)["wire-up-bits"]), 100 * item.difference, 100 * item.half)
+            (float(dict(item.setting)["wire-up-bits"]), 100 * item.difference.mean, 100 * item.half)
             for item in pairings
             if dict(item.setting).get("wire-feedback", "off") == feedback
             and dict(item.setting).get("wire-up-bits")
-            and len(item.differences) > 1
+            and item.half is not None
         )
         bits, means, halves = zip(*points, strict=True)
         axes.errorbar(bits, means, yerr=halves, marker="o", capsize=3, label=f"feedback {feedback}")
@@ -158,10 +144,10 @@ def main(arguments: list[str] | None = None) -> None:
         pairings,
         {
             "setting": str,
-            "seeds": lambda item: str(len(item.differences)),
+            "seeds": lambda item: str(item.difference.n),
             given.score: lambda item: f"{100 * item.mean:.2f}",
-            "difference": lambda item: f"{100 * item.difference:+.2f}",
-            "95%": lambda item: f"± {100 * item.half:.2f}",
+            "difference": lambda item: f"{100 * item.difference.mean:+.2f}",
+            "95%": lambda item: "" if item.half is None else f"± {100 * item.half:.2f}",
             "up kB": lambda item: f"{item.up / 1000:.1f}",
         },
     )
