@@ -99,7 +99,7 @@ def _train(
     at_once = min(left, at_once or probe.at_once)
     threads = max(1, cores() // at_once)
     rounds, every = int(protocol.base["rounds"]), int(protocol.base["eval-every"])
-    seconds = left * probe.seconds(rounds, every) / at_once
+    seconds = -(-left // at_once) * probe.seconds(rounds, every)
     _tell(console, protocol, probe, len(tuning), left, at_once, seconds)
     with Board(console, left, seconds) as board:
         lost = {failure.run for failure in run_all(tuning, at_once, threads, board)}
