@@ -17,17 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fl_client.base import Base
+from fl_client.base import Base, longest_text
 from fl_client.batches import Examples
 from fl_client.cohort import CohortSizer
+from fl_client.graphs import Graphs
 from fl_client.memory import Memory
 from fl_client.settings import SiteSettings
 from fl_client.site import Site
 from fl_client.tasks import CausalLM, Classification, Task
-from vblora.errors import DataError
+from vblora.blocks import checkpoint_blocks
+from vblora.errors import ConfigError, DataError
 from vblora.files import write_atomic
 from vblora.imports import read_start
 from vblora.model import AdaptedModel, describe_base, find_head, find_linears
+from vblora.norms import fuse_norms
 from vblora.spec import Blueprint
 
 __all__ = ["Texts", "assemble", "load_texts", "make_blueprint", "save_texts", "task_of"]
@@ -67,7 +70,15 @@ def assemble(settings: SiteSettings, texts: Texts, base: Base) -> Site:
     Raises:
         ModelError, ConfigError, StartError: the adapter does not fit the base.
     """
-    model = AdaptedModel(base.model, make_blueprint(settings, texts.labels, base.model))
+    blueprint, compute = make_blueprint(settings, texts.labels, base.model), settings.compute
+    on_gpu = next(base.model.parameters()).device.type == "cuda"
+    if compute.cuda_graphs and not on_gpu:
+        raise ConfigError("--cuda-graphs: the base is on a CPU; graphs are for GPUs")
+    if compute.checkpointing:
+        checkpoint_blocks(base.model, [linear.name for linear in blueprint.linears])
+    if compute.fused_norms and on_gpu:
+        fuse_norms(base.model)
+    model = AdaptedModel(base.model, blueprint, recompute=compute.recompute)
     return Site(
         settings=settings,
         model=model,
@@ -81,6 +92,7 @@ def assemble(settings: SiteSettings, texts: Texts, base: Base) -> Site:
         sizer=CohortSizer(model.device, settings.cohort),
         scorer=CohortSizer(model.device, settings.cohort or (AT_ONCE if model.device.type == "cuda" else 0)),
         versions=dict(texts.versions),
+        graphs=Graphs(longest_text(base.model)) if compute.cuda_graphs else None,
         memory=Memory(Path(settings.state) if settings.state else None),
         salt=zlib.crc32(texts.train.tokens.tobytes()) if len(texts.parts) == 1 else 0,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,11 +161,23 @@ def shard(count: int, index: int, shards: int) -> Indices:
     return np.arange(bounds[index], bounds[index + 1])
 
 
-def collate(parts: Sequence[tuple[Examples, Indices]], pad: int, device: torch.device) -> Batch:
-    """Pad the rows of C clients to one batch. A part is a client's examples and the rows to take, if any."""
+def collate(
+    parts: Sequence[tuple[Examples, Indices]],
+    pad: int,
+    device: torch.device,
+    length: Callable[[int], int] = int,
+) -> Batch:
+    """Pad the rows of C clients to one batch.
+
+    Args:
+        parts: a client's examples and the rows to take, if any.
+        pad: token id of padding.
+        device: of the batch.
+        length: how long the batch is, given its longest text.
+    """
     rows = max(len(indices) for _, indices in parts)
     lengths = [examples.starts[indices + 1] - examples.starts[indices] for examples, indices in parts]
-    longest = max(int(part.max(initial=1)) for part in lengths)
+    longest = length(max(int(part.max(initial=1)) for part in lengths))
     tokens = np.full((len(parts) * rows, longest), pad, np.int64)
     mask = np.zeros_like(tokens)
     mask[:, 0] = 1  # attention over nothing is NaN; rows that only fill up look at one pad token

@@ -22,7 +22,7 @@ from vblora.spec import (
 )
 from vblora.start import Found
 
-__all__ = ["AdapterSettings", "DataSettings", "SiteSettings", "from_config"]
+__all__ = ["AdapterSettings", "ComputeSettings", "DataSettings", "SiteSettings", "from_config"]
 
 QUANTIZE = ("none", "4bit", "8bit")
 TASKS = ("auto", "classification", "causal-lm")
@@ -169,6 +169,23 @@ class AdapterSettings:
 
 
 @dataclass(frozen=True)
+class ComputeSettings:
+    """How the device is used. It changes what a step takes, and what is trained up to rounding alone.
+
+    Attributes:
+        recompute: make the inputs of adapted layers anew in the backward pass where that is cheap.
+        checkpointing: keep the input of each block of the base alone, and compute the block twice.
+        cuda_graphs: capture passes as CUDA graphs and replay them.
+        fused_norms: on a GPU, let PyTorch's own kernel stand for root mean square norms.
+    """
+
+    recompute: bool = False
+    checkpointing: bool = False
+    cuda_graphs: bool = False
+    fused_norms: bool = True
+
+
+@dataclass(frozen=True)
 class SiteSettings:
     """Everything that one process needs to serve its clients; equal settings share one loaded model.
 
@@ -179,7 +196,7 @@ class SiteSettings:
         quantize: linear layers of the base in few bits: none, 4bit or 8bit.
         start: folder of an adapter to go on from, see `vblora.imports`; "" starts from the seed.
         cohort: clients trained in one forward; 0 leaves it to be chosen.
-        data, adapter, local, personal, hazards: see there.
+        data, adapter, local, personal, hazards, compute: see there.
         wire: how updates are rounded.
         state: folder of what the clients keep between rounds; "" keeps it in the process. Never read from a
             run config: a server does not choose where a site writes.
@@ -196,6 +213,7 @@ class SiteSettings:
     local: LocalSettings = field(default_factory=LocalSettings)
     personal: PersonalSettings = field(default_factory=PersonalSettings)
     hazards: HazardSettings = field(default_factory=HazardSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
     wire: WireSettings = WIRES["default"]
     state: str = ""
 
@@ -225,6 +243,7 @@ class SiteSettings:
             "local": LocalSettings,
             "personal": PersonalSettings,
             "hazards": HazardSettings,
+            "compute": ComputeSettings,
         }
         renamed = {**config, "steps": config.get("local-steps", LocalSettings.steps)}
         for name, kind in kinds.items():

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fl_client.batches import Examples, Shape, padding, plan_lengths, shard
 from fl_client.cohort import CohortSizer
 from fl_client.generating import asked_prompts, generate, references, rows_with_prompts
+from fl_client.graphs import Graphs
 from fl_client.hazards import Fate
 from fl_client.memory import Memory
 from fl_client.scoring import evaluate, evaluate_cohort
@@ -48,6 +49,7 @@ class Site:
         scorer: the same, for their own scores.
         versions: of the libraries and of the data.
         memory: what the clients keep between rounds.
+        graphs: captured passes, where they are asked for.
         salt: of the draws of a site with one client, which has number 0 as at every other such site.
     """
 
@@ -64,6 +66,7 @@ class Site:
     scorer: CohortSizer
     versions: dict[str, str]
     memory: Memory
+    graphs: Graphs | None = None
     salt: int = 0
 
     def __post_init__(self) -> None:
@@ -131,6 +134,7 @@ class Site:
                 scale=scale,
                 frozen=frozen,
                 pad=self.pad,
+                graphs=self.graphs,
                 on_step=on_step,
             )
 

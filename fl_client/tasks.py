@@ -41,7 +41,10 @@ class Task(Protocol):
         """Tokenise a table; texts are cut at `max_length` tokens."""
 
     def losses(self, logits: Tensor, batch: Batch, clients: int) -> Tensor:
-        """(C,) mean loss of each client's rows, in nats; 0 for a client without rows."""
+        """(C,) mean loss of each client's targets, in nats; 0 for a client without any."""
+
+    def counts(self, batch: Batch, clients: int) -> Tensor:
+        """(C,) targets of each client, which its loss is the mean of."""
 
     def sums(self, logits: Tensor, batch: Batch) -> dict[str, float]:
         """Sums over a batch, which add up over batches and clients, by the names in `SUMS`."""
@@ -63,8 +66,10 @@ class Classification:
 
     def losses(self, logits: Tensor, batch: Batch, clients: int) -> Tensor:
         rows = functional.cross_entropy(logits.float(), batch.targets, ignore_index=IGNORED, reduction="none")
-        counts = (batch.targets != IGNORED).view(clients, -1).sum(dim=1)
-        return rows.view(clients, -1).sum(dim=1) / counts.clamp(min=1)
+        return rows.view(clients, -1).sum(dim=1) / self.counts(batch, clients).clamp(min=1)
+
+    def counts(self, batch: Batch, clients: int) -> Tensor:
+        return (batch.targets != IGNORED).view(clients, -1).sum(dim=1)
 
     def sums(self, logits: Tensor, batch: Batch) -> dict[str, float]:
         real = batch.targets != IGNORED
@@ -107,8 +112,11 @@ class CausalLM:
         return _examples([prompt + answer for prompt, answer in cut], [len(prompt) for prompt, _ in cut])
 
     def losses(self, logits: Tensor, batch: Batch, clients: int) -> Tensor:
-        tokens, real = self._token_losses(logits, batch)
-        return tokens.view(clients, -1).sum(dim=1) / real.view(clients, -1).sum(dim=1).clamp(min=1)
+        tokens, _ = self._token_losses(logits, batch)
+        return tokens.view(clients, -1).sum(dim=1) / self.counts(batch, clients).clamp(min=1)
+
+    def counts(self, batch: Batch, clients: int) -> Tensor:
+        return self._real(batch).view(clients, -1).sum(dim=1)
 
     def sums(self, logits: Tensor, batch: Batch) -> dict[str, float]:
         tokens, real = self._token_losses(logits, batch)
@@ -124,17 +132,22 @@ class CausalLM:
 
         The last place predicts nothing. It is kept: flat logits are those of the model, not a copy.
         """
-        places = torch.arange(1, batch.tokens.shape[1], device=batch.tokens.device)
-        leading = torch.where(batch.targets == IGNORED, batch.tokens.shape[1], batch.targets)
-        real = (batch.mask[:, 1:] > 0) & (places >= leading.unsqueeze(1))
-        if batch.positions is not None:  # nothing in a packed row tells how its next text begins
-            real &= batch.positions[:, 1:] > 0
+        real = self._real(batch)
         wanted = torch.where(real, batch.tokens[:, 1:], IGNORED)
         wanted = functional.pad(wanted, (0, 1), value=IGNORED)
         losses = functional.cross_entropy(
             logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none"
         )
         return losses.view(wanted.shape), real
+
+    def _real(self, batch: Batch) -> Tensor:
+        """(rows, T - 1) bool, whether the token after each counts."""
+        places = torch.arange(1, batch.tokens.shape[1], device=batch.tokens.device)
+        leading = torch.where(batch.targets == IGNORED, batch.tokens.shape[1], batch.targets)
+        real = (batch.mask[:, 1:] > 0) & (places >= leading.unsqueeze(1))
+        if batch.positions is not None:  # nothing in a packed row tells how its next text begins
+            real &= batch.positions[:, 1:] > 0
+        return real
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

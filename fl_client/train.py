@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fl_client.batches import Examples, collate, plan_round
+from fl_client.batches import Batch, Examples, collate, plan_round
+from fl_client.graphs import Graphs
 from fl_client.optim import AdamW
+from fl_client.passes import Passes
 from fl_client.tasks import Task
 from vblora.candidates import CHECK_EVERY
 from vblora.errors import raise_faults
@@ -36,6 +39,7 @@ class LocalSettings:
     Attributes:
         steps: local steps of AdamW; its moments start at zero each round.
         batch_size: texts a step.
+        accumulate: pieces that a step's texts are passed in, one after another: less memory, the same step.
         lr_bank, lr_logits, lr_head: learning rates by tensor.
         lr_rows: of what a kind without a bank trains; 0 is the kind's own of `RATES`.
         warmup: share of the steps over which the rates rise: Adam's first steps, of a round too, are all
@@ -46,6 +50,7 @@ class LocalSettings:
 
     steps: int = 10
     batch_size: int = 16
+    accumulate: int = 1
     lr_bank: float = 8e-3
     lr_logits: float = 1e-2
     lr_rows: float = 0.0
@@ -58,7 +63,7 @@ class LocalSettings:
         raise_faults("local training", self._faults())
 
     def _faults(self) -> Iterator[str]:
-        for name, least in (("steps", 1), ("batch_size", 1)):
+        for name, least in (("steps", 1), ("batch_size", 1), ("accumulate", 1)):
             if getattr(self, name) < least:
                 key = "local-steps" if name == "steps" else name.replace("_", "-")
                 yield f"{key} is {getattr(self, name)}, expected at least {least}"
@@ -124,6 +129,7 @@ def train_cohort(
     scale: float = 1.0,
     frozen: Collection[str] = (),
     pad: int = 0,
+    graphs: Graphs | None = None,
     on_step: OnStep | None = None,
 ) -> list[Trained]:
     """Train C clients from one state, side by side; each gets what it would get alone, to float tolerance.
@@ -137,11 +143,14 @@ def train_cohort(
         scale: of the learning rates in this round.
         frozen: tensors that stay as they are in this round.
         pad: token id of padding.
+        graphs: captured passes to replay; texts are then padded to a few lengths.
         on_step: told the steps; where it says to stop, the updates hold what was done until then.
     """
     plans = [
         plan_round(job.examples, job.steps or settings.steps, settings.batch_size, job.seed) for job in jobs
     ]
+    passes = Passes(model, task, graphs)
+    collated = partial(collate, pad=pad, device=model.device, length=graphs.length if graphs else int)
     optimiser = AdamW(settings.rates(model.blueprint.spec.kind, scale), settings.clip_norm)
     starts = [job.start or state for job in jobs]
     tensors = model.load(*starts)
@@ -160,7 +169,8 @@ def train_cohort(
             (job.examples, plan[step] if step < len(plan) else nothing)
             for job, plan in zip(jobs, plans, strict=True)
         ]
-        losses, gradients = _gradients(model, task, tensors, trained, parts, pad)
+        pieces = _pieces(parts, settings.accumulate, collated)
+        losses, gradients = passes.gradients(tensors, trained, pieces, len(jobs))
         for name in start.keys() & gradients.keys():
             gradients[name] = gradients[name] + settings.prox * (tensors[name].detach() - start[name])
         optimiser.step(trained, gradients, lengths > step if uneven else None, settings.rise(step))
@@ -178,27 +188,13 @@ def train_cohort(
     ]
 
 
-def _gradients(
-    model: AdaptedModel,
-    task: Task,
-    tensors: Mapping[str, Tensor],
-    trained: Mapping[str, Tensor],
-    parts: Sequence[tuple[Examples, np.ndarray]],
-    pad: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(C,) losses, detached, and gradients of the tensors that are trained.
-
-    A client's loss depends on its own tensors alone.
-    """
-    batch = collate(parts, pad, model.device)
-    model.bind(tensors)
-    try:
-        logits = model(**batch.inputs).logits
-        losses = task.losses(logits, batch, len(parts))
-        found = torch.autograd.grad(losses.sum(), list(trained.values()))
-    finally:
-        model.unbind()
-    return losses.detach(), dict(zip(trained, found, strict=True))
+def _pieces(
+    parts: Sequence[tuple[Examples, np.ndarray]], count: int, collated: Callable[..., Batch]
+) -> list[Batch]:
+    """The batch of C clients in `count` pieces, or in fewer where no client has as many rows."""
+    count = min(count, max(len(rows) for _, rows in parts))
+    cut = [(examples, np.array_split(rows, count)) for examples, rows in parts]
+    return [collated([(examples, rows[at]) for examples, rows in cut]) for at in range(count)]
 
 
 def _make_room(model: AdaptedModel, tensors: dict[str, Tensor], optimiser: AdamW) -> None:

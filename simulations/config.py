@@ -10,7 +10,7 @@ from typing import Any
 from fl_client.hazards import HazardSettings
 from fl_client.partition import parse_partition
 from fl_client.personal import PersonalSettings
-from fl_client.settings import AdapterSettings, DataSettings, SiteSettings, from_config
+from fl_client.settings import AdapterSettings, ComputeSettings, DataSettings, SiteSettings, from_config
 from fl_client.train import LocalSettings
 from fl_server.config_file import read_config
 from fl_server.settings import ServerSettings
@@ -52,6 +52,7 @@ def default_config() -> Config:
         LocalSettings,
         PersonalSettings,
         HazardSettings,
+        ComputeSettings,
         ServerSettings,
         EngineSettings,
     ):

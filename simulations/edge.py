@@ -56,6 +56,15 @@ def trainer(
         str, typer.Option(help="Of the base: auto, own (the files'), float32, bfloat16, float16.")
     ] = "auto",
     quantize: Annotated[str, typer.Option(help="Of the base: none, 4bit, 8bit; else as the run says.")] = "",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Keep no inputs that are cheap to make again: less memory.")
+    ] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute each block twice: much less memory, slower.")
+    ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Replay steps: faster where batches are small.")
+    ] = False,
     start: Annotated[
         str, typer.Option(help="Adapter that the run goes on from: the same files as the server's.")
     ] = "",

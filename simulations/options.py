@@ -80,6 +80,7 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
     "Training": {
         "local-steps": (10, "Steps of a client in a round."),
         "batch-size": (16, "Texts a step."),
+        "accumulate": (1, "Pieces that a step's texts are passed in: less memory, the same step."),
         "lr-bank": (8e-3, "Learning rate of the bank."),
         "lr-logits": (1e-2, "Learning rate of the logits."),
         "lr-rows": (0.0, "Learning rate of the kinds without a bank; 0 is the kind's own."),
@@ -119,6 +120,10 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "dtype": ("auto", "Of the base: auto, own (the files'), float32, bfloat16, float16."),
         "quantize": ("none", "Of the base's linear layers: none, 4bit (NF4), 8bit; needs bitsandbytes."),
         "cohort": (0, "Clients trained in one forward; 0 chooses."),
+        "recompute": (False, "Keep no inputs of adapted layers that are cheap to make again: less memory."),
+        "checkpointing": (False, "Compute each block of the base twice: much less memory, a third slower."),
+        "cuda-graphs": (False, "Replay each step as one CUDA graph: faster where batches are small."),
+        "fused-norms": (True, "On a GPU, norms in one kernel: 16-bit outputs differ in their last bit."),
         "workers": (0, "Processes; 0 is one a GPU."),
     },
 }

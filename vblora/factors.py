@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from vblora.spec import Blueprint
@@ -69,17 +68,17 @@ class _Cut(torch.autograd.Function):
         ctx.cutter, ctx.shape, ctx.dtype = cutter, rows.shape, rows.dtype
         ctx.set_materialize_grads(False)
         rows = rows.to(dtype)
-        if cutter.order is not None:
-            rows = rows.index_select(1, cutter.order)
-        clients = len(rows)
-        parts = torch.split(rows, [piece.rows for piece in cutter.pieces], dim=1)
-        return tuple(
-            part.reshape(clients, piece.height, -1)[..., : piece.side]
-            for part, piece in zip(parts, cutter.pieces, strict=True)
-        )
+        rows = rows.contiguous() if cutter.order is None else rows.index_select(1, cutter.order)
+        clients, count, length = rows.shape
+        found, start = [], rows.storage_offset()
+        for piece in cutter.pieces:
+            line = piece.rows // piece.height * length
+            shape, strides = (clients, piece.height, piece.side), (count * length, line, 1)
+            found.append(rows.as_strided(shape, strides, start))
+            start += piece.rows * length
+        return tuple(found)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
         cutter, (clients, _, length) = ctx.cutter, ctx.shape
         parts = []
@@ -89,7 +88,7 @@ class _Cut(torch.autograd.Function):
                 gradient = like.new_zeros(clients, piece.height, piece.side)
             if missing := piece.rows * length // piece.height - piece.side:
                 gradient = functional.pad(gradient, (0, missing))
-            parts.append(gradient.reshape(clients, piece.rows, length))
+            parts.append(gradient.reshape(clients, -1, length))
         together = torch.cat(parts, dim=1)
         if cutter.inverse is not None:
             together = together.index_select(1, cutter.inverse)

@@ -70,10 +70,13 @@ class SharedInput:
         self.layers = tuple(layers)
         self.factors: Factors | None = None
         self.recompute = recompute
-        self._together = len(self.layers) > 1
+        bases: list[Any] = [layer.base for layer in layers]
+        self._plain = all(layer.is_plain for layer in layers)
+        self._frozen = [[base.weight for base in bases], [base.bias for base in bases]] if self._plain else []
+        self._together = len(layers) > 1
         self._input: Tensor | None = None  # what `_ahead` was computed from
         self._ahead: list[Tensor] = []  # outputs of the layers that are still to be called, the last first
-        for place, layer in enumerate(self.layers):
+        for place, layer in enumerate(layers):
             layer.shared, layer.place = self, place
 
     def bind(self, factors: Factors | None) -> None:
@@ -95,7 +98,7 @@ class SharedInput:
         if not self._together:
             return self._alone(place, x)
         if place == 0:
-            ys = self._computed(slice(None), x)
+            ys = self._computed(x)
             self._input, self._ahead = x, [*ys[:0:-1]]
             return ys[0]
         if x is self._input and place == len(self.layers) - len(self._ahead):
@@ -107,23 +110,22 @@ class SharedInput:
         return self._alone(place, x)
 
     def _alone(self, place: int, x: Tensor) -> Tensor:
-        layer = self.layers[place]
-        if layer.is_plain:
-            return self._computed(slice(place, place + 1), x)[0]
+        if self._plain:
+            return self._computed(x, None if len(self.layers) == 1 else place)[0]
         assert self.factors is not None
-        a, (b,) = self.factors
+        (a, (b,)), layer = self.factors, self.layers[place]
         flat = layer.base(x).reshape(len(a), -1, b.shape[-1])
         inner = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.transpose(1, 2))
         return torch.baddbmm(flat, inner, b, alpha=layer.scaling).view(*x.shape[:-1], b.shape[-1])
 
-    def _computed(self, places: slice, x: Tensor) -> tuple[Tensor, ...]:
+    def _computed(self, x: Tensor, place: int | None = None) -> tuple[Tensor, ...]:
+        """Outputs of all layers, or of one of them."""
         assert self.factors is not None
-        a, bs = self.factors
-        bases: list[Any] = [layer.base for layer in self.layers[places]]
-        if len(bases) < len(bs):
-            rank = bs[0].shape[1]
-            a, bs = a[:, places.start * rank : places.stop * rank], bs[places]
-        weights, biases = [base.weight for base in bases], [base.bias for base in bases]
+        (a, bs), (weights, biases) = self.factors, self._frozen
+        if place is not None:
+            rank, one = bs[0].shape[1], slice(place, place + 1)
+            a, bs = a[:, place * rank : (place + 1) * rank], bs[one]
+            weights, biases = weights[one], biases[one]
         again = maker(x) if self.recompute else None
         return adapted(x, a, bs, weights, biases, self.layers[0].scaling, again)
 

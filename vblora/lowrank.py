@@ -4,7 +4,8 @@ The factors A_i lie end to end, so one product with x serves all layers, and so 
 A. The low-rank part of each y is written first, and the product with W adds to it where it stands; likewise
 the gradient of x, which all layers add to in turn. Nothing is copied, and nothing is added afterwards.
 
-Axes: C clients, m rows of each; x (C * m, in), A of all layers (C, R, in), B_i transposed (C, r, out_i).
+Axes: C clients, m rows of each; x (C * m, in), A of all layers (C, R, in), B_i transposed (C, r, out_i). The
+products A x are held as (C, R, m): rows of a batch are many and aligned in memory, ranks are neither.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["adapted"]
 
@@ -60,41 +60,41 @@ class _Adapted(torch.autograd.Function):
         count = len(others) // 3
         bs, weights, biases = others[:count], others[count : 2 * count], others[2 * count :]
         flat = x.reshape(-1, x.shape[-1])
-        inner = _times(flat, a.transpose(1, 2))
+        inner = _product(a, _of_clients(flat, a).transpose(1, 2))
         if scaling != 1:
             inner *= scaling
         ys = []
         for part, b, weight, bias in zip(_parts(inner, count), bs, weights, biases, strict=True):
-            y = _times(part, b, bias).addmm_(flat, weight.t())
+            y = _product(part.transpose(1, 2), b, bias).view(len(flat), -1).addmm_(flat, weight.t())
             ys.append(y.view(*ctx.shape[:-1], -1))
         ctx.save_for_backward(flat if again is None else None, inner, a, *bs, *weights)
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         flat, inner, a, *others = ctx.saved_tensors
-        count, clients = len(gradients), len(a)
+        count = len(gradients)
         bs, weights = others[:count], others[count:]
         if flat is None:
             flat = ctx.again().reshape(-1, ctx.shape[-1]).to(inner.dtype)
-        of_ys = [None if of_y is None else of_y.reshape(len(inner), -1) for of_y in gradients]
-        of_inner = torch.empty_like(inner)
+        of_ys = [None if of_y is None else of_y.reshape(len(flat), -1) for of_y in gradients]
+        of_parts: list[Tensor] = []
         of_bs: list[Tensor | None] = []
-        parts = zip(_parts(of_inner, count), _parts(inner, count), bs, of_ys, strict=True)
-        for of_part, part, b, of_y in parts:
+        for part, b, of_y in zip(_parts(inner, count), bs, of_ys, strict=True):
             if of_y is None:  # an output that nobody used
-                of_part.zero_()
+                of_parts.append(torch.zeros_like(part))
                 of_bs.append(None)
             else:
-                _times_into(of_part, of_y, b.transpose(1, 2))
-                of_bs.append(_over_rows(part, of_y, clients))
+                own = _of_clients(of_y, a)
+                of_parts.append(_product(b, own.transpose(1, 2)))
+                of_bs.append(_product(part, own))
+        of_inner = of_parts[0] if count == 1 else torch.cat(of_parts, dim=1)
         if ctx.scaling != 1:
             of_inner *= ctx.scaling
-        of_a = _over_rows(of_inner, flat, clients)
+        of_a = _product(of_inner, _of_clients(flat, a))
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = _times(of_inner, a)
+            of_x = _product(of_inner.transpose(1, 2), a).view(len(flat), -1)
             for of_y, weight in zip(of_ys, weights, strict=True):
                 if of_y is not None:
                     of_x.addmm_(of_y, weight)
@@ -108,35 +108,16 @@ def _cast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
+def _of_clients(flat: Tensor, a: Tensor) -> Tensor:
+    """(C * m, n) as (C, m, n)."""
+    return flat.view(len(a), -1, flat.shape[1])
+
+
 def _parts(inner: Tensor, count: int) -> Sequence[Tensor]:
-    """(C * m, R) as each layer's (C * m, r)."""
-    if count == 1:
-        return (inner,)
-    rank = inner.shape[1] // count
-    return [inner.narrow(1, place * rank, rank) for place in range(count)]
+    """(C, R, m) as each layer's (C, r, m)."""
+    return (inner,) if count == 1 else inner.chunk(count, 1)
 
 
-def _times(rows: Tensor, factors: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Each client's (m, j) of `rows` (C * m, j) times its own of `factors` (C, j, n), plus bias (n,)."""
-    if len(factors) == 1:
-        return rows @ factors[0] if bias is None else torch.addmm(bias, rows, factors[0])
-    batched = rows.view(len(factors), -1, rows.shape[1])
-    found = torch.bmm(batched, factors) if bias is None else torch.baddbmm(bias, batched, factors)
-    return found.view(len(rows), -1)
-
-
-def _times_into(target: Tensor, rows: Tensor, factors: Tensor) -> None:
-    """The same into `target` (C * m, n), whose rows may lie apart."""
-    if len(factors) == 1:
-        torch.mm(rows, factors[0], out=target)
-    else:
-        target.copy_(_times(rows, factors))
-
-
-def _over_rows(left: Tensor, right: Tensor, clients: int) -> Tensor:
-    """(C, i, j): the sum over each client's rows of left (C * m, i) and right (C * m, j)."""
-    if clients == 1:
-        return (left.t() @ right).unsqueeze(0)
-    return torch.bmm(
-        left.view(clients, -1, left.shape[1]).transpose(1, 2), right.view(clients, -1, right.shape[1])
-    )
+def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Each client's product, (C, i, j) times (C, j, k), plus bias (k,)."""
+    return torch.bmm(left, right) if bias is None else torch.baddbmm(bias, left, right)

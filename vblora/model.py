@@ -33,6 +33,7 @@ SHARING = (
     ("wi_0", "wi_1"),
 )
 Layer = TypeVar("Layer", bound=nn.Module)
+Bound = list[tuple[Tensor, int]]  # tensors and their versions
 
 
 def find_linears(base: nn.Module, targets: str = ALL_LINEAR) -> tuple[Linear, ...]:
@@ -145,6 +146,7 @@ class AdaptedModel:
         groups = list(_sharing(blueprint.linears, [layer.is_plain for layer in layers]))
         self._inputs = [SharedInput([layers[place] for place in group], recompute) for group in groups]
         self._cutter = Cutter(blueprint, groups, self.device)
+        self._bound: Bound | None = None  # tensors that were bound without gradients
         self._heads = {
             name: _replace(base, name, HeadLinear(base.get_submodule(name)))  # type: ignore[arg-type]
             for name in dict.fromkeys(tensor.name.rsplit(".", 1)[0] for tensor in blueprint.head)
@@ -161,15 +163,38 @@ class AdaptedModel:
         return tensors
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compose all rows once and hand each layer its factors; gradients flow back to `tensors`."""
-        factors = self._cutter.cut(self.source.rows(tensors), self.dtype)
+        """Compose all rows once and hand each layer its factors; gradients flow back to `tensors`.
+
+        Without gradients, what is bound already stays until a tensor changes: a loop that predicts may bind
+        before each batch.
+        """
+        bound = None
+        if not torch.is_grad_enabled():
+            bound = [(tensor, tensor._version) for tensor in tensors.values()]
+            if _same(bound, self._bound):
+                return
+        self.attach(self.compose(tensors))
+        self._bound = bound
+
+    def compose(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What layers are made of: `rows` (C, S, b), and `head` where there is one; differentiable."""
+        composed = {"rows": self.source.rows(tensors)}
+        if self.blueprint.head_size:
+            composed["head"] = tensors["head"]
+        return composed
+
+    def attach(self, composed: Mapping[str, Tensor]) -> None:
+        """Cut what was composed and hand each layer its part; gradients flow back to `composed`."""
+        factors = self._cutter.cut(composed["rows"], self.dtype)
         for shared, own in zip(self._inputs, factors, strict=True):
             shared.bind(own)
         if self.blueprint.head_size:
-            self._bind_head(tensors["head"].to(self.dtype))
+            self._bind_head(composed["head"].to(self.dtype))
+        self._bound = None
 
     def unbind(self) -> None:
         """Forget the factors: the model is the frozen base again, and the graph behind them is freed."""
+        self._bound = None
         for shared in self._inputs:
             shared.bind(None)
         for head in self._heads.values():
@@ -198,6 +223,11 @@ def fits_base(base: nn.Module, blueprint: Blueprint) -> None:
     """
     if faults := list(_misfits(base, blueprint)):
         raise ModelError("base model does not fit the adapter: " + "; ".join(faults))
+
+
+def _same(bound: Bound, last: Bound | None) -> bool:
+    """Whether two bindings are of the same tensors, unchanged."""
+    return last is not None and [(id(one), at) for one, at in bound] == [(id(one), at) for one, at in last]
 
 
 def _misfits(base: nn.Module, blueprint: Blueprint) -> Iterator[str]:

