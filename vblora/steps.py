@@ -14,8 +14,10 @@ from vblora.trellis import lane_length
 __all__ = ["Rounding", "find_step"]
 
 SAMPLE = 1 << 13  # numbers that a step is found by
-SEARCH = 8  # halvings of the octaves in which it is sought
-REACH = 20  # octaves from the first guess, at most
+SEARCH = 16  # steps that are tried, at most
+REACH = 4.0  # octaves from one to the next, at most
+CLOSE = 0.01  # bits from what was asked for
+FINEST = 20  # octaves below the largest number, at most: few numbers that are not 0 cost little however fine
 LARGEST = 1 << 24  # multiples beyond which numbers count as one while it is sought
 
 GOLDEN = 0.618  # multiples of it lie evenly between 0 and 1
@@ -41,16 +43,14 @@ def find_step(change: NDArray[np.floating], bits: float, rounding: Rounding = "n
     spread = float(np.sqrt(np.mean(np.square(sample))))
     if not 0 < spread < np.inf:
         return float(np.abs(flat).max(initial=0.0)) or 1.0
-    guess = float(np.log2(spread)) + 2 - (rounding == "trellis") - bits  # as if they were normal
-    low, high = guess - 2, guess + 2
-    while low > guess - REACH and _cost(sample, 2.0**low, rounding) < bits:
-        low, high = low - 4, low
-    while high < guess + REACH and _cost(sample, 2.0**high, rounding) > bits:
-        low, high = high, high + 4
-    for _ in range(SEARCH):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _cost(sample, 2.0**middle, rounding) > bits else (low, middle)
-    return float(2.0**high)
+    octave = float(np.log2(spread)) + 2 - (rounding == "trellis") - bits  # as if they were normal
+    finest = float(np.log2(np.abs(flat).max())) - FINEST
+    for _ in range(SEARCH):  # a step twice as large costs one bit less, or under one where most are zeros
+        miss = _cost(sample, 2.0**octave, rounding) - bits
+        octave = max(finest, octave + float(np.clip(miss, -REACH, REACH)))
+        if abs(miss) < CLOSE or octave == finest:
+            break
+    return float(2.0**octave)
 
 
 def _cost(lanes: Lanes, step: float, rounding: Rounding) -> float:
