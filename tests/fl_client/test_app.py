@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fl_client import trainer
 from fl_client.app import handle
@@ -65,7 +65,7 @@ def ask(
 ) -> Message:
     content = RecordDict({"config": ConfigRecord(dict(config or {}))})
     if blob:
-        content["blob"] = ArrayRecord({"blob": Array("uint8", (len(blob),), "fedvb", blob)})
+        content["blob"] = ConfigRecord({"blob": blob})
     message = Message(content, 2, kind, ttl=ttl)
     message.metadata.__dict__["_message_id"] = "1"
     (reply,) = handle([message], [Context(1, 2, dict(node), RecordDict(), dict(run))])
@@ -81,7 +81,7 @@ def test_a_site_stops_in_time_to_send_what_it_has(
 ):
     config = {"round": 1, **({"seconds": given} if given else {})}
     reply = ask("train", {"socket": str(socket)}, {}, ttl, config=config)
-    assert reply.content["metrics"]["steps"] == 3
+    assert reply.content["text"]["steps"] == 3
     (question,) = told.asked
     assert question.config["seconds"] == pytest.approx(seconds, abs=1)
 
@@ -106,9 +106,9 @@ def test_without_a_trainer_the_site_trains_in_this_process(alone: dict[str, Any]
     blob = encode_state(initial_state(blueprint), blueprint)
     config = {"round": 1, "lr-scale": 1.0, "run": "a"}
     reply = ask("train", alone, run, blob=blob, config=config)
-    assert reply.content["metrics"]["steps"] == 2
+    assert reply.content["text"]["steps"] == 2
     assert reply.content["text"]["client"] == "clinic"
-    assert (tmp_path / "memory" / "a" / "sent" / "0.blob").read_bytes() == reply.content["blob"]["blob"].data
+    assert (tmp_path / "memory" / "a" / "sent" / "0.blob").read_bytes() == reply.content["blob"]["blob"]
 
 
 def test_what_fails_without_a_trainer_is_told_discreetly(
