@@ -16,10 +16,10 @@ import numpy as np
 
 from fl_client.settings import AdapterSettings, from_config
 from simulations.config import Config
+from simulations.memory_plan import Memory, Training, base_shape, fitting_settings, predicted_memory
 from simulations.replay import PHASES, replayed_update, write_message
 from simulations.skeleton import Skeleton, skeleton
-from vblora.candidates import WIDTH
-from vblora.errors import raise_faults
+from vblora.errors import ModelError, raise_faults
 from vblora.frame import section_bytes
 from vblora.model import describe_base, find_head, find_linears
 from vblora.rounding import WIRES, WireSettings, wire_settings
@@ -27,17 +27,16 @@ from vblora.spec import AdapterSpec, Blueprint
 
 __all__ = [
     "AdapterPlan",
+    "Device",
     "Federation",
     "Plan",
     "plan_adapter",
     "plan_adapters",
-    "training_bytes",
 ]
 
 WHOLE = 1 << 22  # numbers up to which an update is written whole; of a larger one, a part of its layers
 LINK = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:bit|b(?=ps))(?:/s|ps)?", re.IGNORECASE)
 PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
-FLOAT32, BFLOAT16 = 4, 2
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,30 @@ class Federation:
 
 
 @dataclass(frozen=True)
+class Device:
+    """What a client trains on, and with.
+
+    Attributes:
+        gib: memory of the device; None where no one asks what fits.
+        rows, length: texts of a step, tokens of each.
+    """
+
+    gib: float | None = None
+    rows: int = 4
+    length: int = 512
+
+    def __post_init__(self) -> None:
+        raise_faults("plan", self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        if self.gib is not None and not self.gib > 0:
+            yield f"device-memory is {self.gib:g}, expected GiB above 0"
+        for name, key in (("rows", "batch-size"), ("length", "max-length")):
+            if getattr(self, name) < 1:
+                yield f"{key} is {getattr(self, name)}, expected at least 1"
+
+
+@dataclass(frozen=True)
 class AdapterPlan:
     """One adapter on one model. Bytes and numbers leave the task head out, which `head` counts apart.
 
@@ -86,7 +109,9 @@ class AdapterPlan:
         float32_bytes: of an update in float32, through the same frame.
         head_up_bytes, head_down_bytes: of the head, steady.
         encoded_share: of the adapter's numbers that was encoded; the bytes are scaled up from it.
-        training_bytes: of trained tensors, gradients and moments on a client.
+        memory: of a client's step with the base in bfloat16 and everything kept; None where the model's
+            config does not tell its width.
+        fitting: settings whose step fits the device, the fastest first; None where no device was named.
     """
 
     spec: AdapterSpec
@@ -101,7 +126,8 @@ class AdapterPlan:
     head_up_bytes: int
     head_down_bytes: int
     encoded_share: float
-    training_bytes: int
+    memory: Memory | None
+    fitting: tuple[tuple[Training, Memory], ...] | None
 
     def client_bytes(self, rounds: int) -> int:
         """Both directions, head included, of a client that trains in every round.
@@ -125,22 +151,23 @@ class Plan:
         model: as it was asked for.
         classes: of the task head; 0 without one.
         parameters: of the base.
+        device: whose memory was looked at.
         adapters: by name.
     """
 
     model: str
     classes: int
     parameters: int
+    device: Device
     adapters: Mapping[str, AdapterPlan]
-
-    @property
-    def base_bytes(self) -> int:
-        """Of the frozen model in bfloat16."""
-        return BFLOAT16 * self.parameters
 
 
 def plan_adapters(
-    model: str, classes: int | None, adapters: Mapping[str, Config], given: Mapping[str, Any]
+    model: str,
+    classes: int | None,
+    adapters: Mapping[str, Config],
+    given: Mapping[str, Any],
+    device: Device | None = None,
 ) -> Plan:
     """Plan several adapters on one model.
 
@@ -148,21 +175,20 @@ def plan_adapters(
         model, classes: see `skeleton`.
         adapters: keys of a config by name, see `parse_adapters`.
         given: keys that all share, such as `target-modules` and the wire's.
+        device: that a client trains on.
 
     Raises:
         ConfigError, ModelError: there is no such model, or an adapter does not fit it.
     """
-    wire = wire_settings(given)
+    wire, device = wire_settings(given), device or Device()
     base = skeleton(model, classes)
-    return Plan(
-        model,
-        base.classes,
-        base.parameters,
-        {name: plan_adapter(base, {**given, **keys}, wire) for name, keys in adapters.items()},
-    )
+    made = {name: plan_adapter(base, {**given, **keys}, wire, device) for name, keys in adapters.items()}
+    return Plan(model, base.classes, base.parameters, device, made)
 
 
-def plan_adapter(base: Skeleton, config: Mapping[str, Any], wire: WireSettings) -> AdapterPlan:
+def plan_adapter(
+    base: Skeleton, config: Mapping[str, Any], wire: WireSettings, device: Device
+) -> AdapterPlan:
     """Plan the adapter that the keys of a config make, as `fedvb simulate` would make it.
 
     Raises:
@@ -180,6 +206,7 @@ def plan_adapter(base: Skeleton, config: Mapping[str, Any], wire: WireSettings) 
     sizes = {phase: _sections(part, phase, wire) for phase in PHASES}
     float32 = _sections(part, "first", WIRES["lossless"])
     own = {phase: round((sum(found.values()) - found["head"]) / share) for phase, found in sizes.items()}
+    memory, fitting = _memory(base, blueprint, device)
     return AdapterPlan(
         spec=blueprint.spec,
         rows=blueprint.rows,
@@ -193,19 +220,25 @@ def plan_adapter(base: Skeleton, config: Mapping[str, Any], wire: WireSettings) 
         head_up_bytes=sizes["steady"]["head"],
         head_down_bytes=sizes["down"]["head"],
         encoded_share=share,
-        training_bytes=training_bytes(blueprint),
+        memory=memory,
+        fitting=fitting,
     )
 
 
-def training_bytes(blueprint: Blueprint) -> int:
-    """Bytes that training keeps on a client beside the base: values, gradients and two moments in float32;
-    of logits the candidates alone, and the bank vector that each scores. Activations come on top."""
-    dense = sum(math.prod(shape) for shape in blueprint.dense_shapes.values())
-    if blueprint.topk_shape is None:
-        return 4 * FLOAT32 * dense
-    rows, _, h = blueprint.topk_shape
-    logits = rows * min(h, WIDTH)
-    return 4 * FLOAT32 * (dense + logits) + logits * (2 if h < 1 << 15 else 4)
+def _memory(
+    base: Skeleton, blueprint: Blueprint, device: Device
+) -> tuple[Memory | None, tuple[tuple[Training, Memory], ...] | None]:
+    """What a step takes, and what fits."""
+    try:
+        shape = base_shape(base.model)
+    except ModelError:
+        if device.gib is not None:
+            raise
+        return None, None
+    memory = predicted_memory(shape, blueprint, Training(device.rows, device.length))
+    if device.gib is None:
+        return memory, None
+    return memory, tuple(fitting_settings(shape, blueprint, device.gib, device.rows, device.length))
 
 
 def _sections(blueprint: Blueprint, phase: str, wire: WireSettings) -> dict[str, int]:

@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from simulations.memory_plan import GIB, Training
 from simulations.paper import PUBLISHED, Count, count_published
 from simulations.plan import AdapterPlan, Federation, Plan
 from simulations.units import duration, size
 
 __all__ = ["as_json", "paper_table", "plan_table"]
 
+FITTING = 4  # settings that are shown of each adapter
 Show = Callable[[AdapterPlan], str]
 
 
@@ -25,7 +27,7 @@ def as_json(plan: Plan, federation: Federation) -> dict[str, Any]:
     return {
         "model": plan.model,
         "parameters": plan.parameters,
-        "base_bytes": plan.base_bytes,
+        "step": {"texts": plan.device.rows, "tokens": plan.device.length},
         "classes": plan.classes,
         "clients": federation.clients,
         "rounds": federation.rounds,
@@ -34,6 +36,7 @@ def as_json(plan: Plan, federation: Federation) -> dict[str, Any]:
             name: {
                 **asdict(adapter),
                 "spec": {"kind": adapter.spec.kind, **asdict(adapter.spec)},
+                **_memory(adapter),
                 "client_bytes": adapter.client_bytes(federation.rounds),
                 "total_bytes": federation.clients * adapter.client_bytes(federation.rounds),
                 "hours_on_link": adapter.hours(federation),
@@ -41,6 +44,18 @@ def as_json(plan: Plan, federation: Federation) -> dict[str, Any]:
             for name, adapter in plan.adapters.items()
         },
     }
+
+
+def _memory(adapter: AdapterPlan) -> dict[str, Any]:
+    """Bytes of a step, by part and in all, and of the settings that fit."""
+    found: dict[str, Any] = {}
+    if adapter.memory is not None:
+        found["memory"] = {**asdict(adapter.memory), "device": adapter.memory.device}
+    if adapter.fitting is not None:
+        found["fitting"] = [
+            {**asdict(training), "device_bytes": memory.device} for training, memory in adapter.fitting
+        ]
+    return found
 
 
 def plan_table(console: Console, plan: Plan, federation: Federation) -> None:
@@ -54,6 +69,8 @@ def plan_table(console: Console, plan: Plan, federation: Federation) -> None:
     console.print(table)
     for note in _notes(plan):
         console.print(note, markup=False, highlight=False)
+    if plan.device.gib is not None:
+        _print_fitting(console, plan)
     if counts := [count_published(entry) for entry in PUBLISHED if entry.model == plan.model.lower()]:
         _print_counts(console, counts)
 
@@ -82,9 +99,15 @@ def _lines(plan: Plan, federation: Federation) -> Mapping[str, Show]:
         f"a client, {rounds:,} rounds": lambda one: size(one.client_bytes(rounds)),
         f"   on {_speed(federation.bits_per_second)}": lambda one: duration(3600 * one.hours(federation)),
         f"{clients:,} clients": lambda one: size(clients * one.client_bytes(rounds)),
-        "memory to train": lambda one: size(one.training_bytes),
     }
+    if all(one.memory for one in plan.adapters.values()):
+        lines[f"memory, {plan.device.rows} × {plan.device.length} tokens"] = _device_memory
+        lines["   of it the adapter"] = lambda one: _gib(one.memory.adapter if one.memory else 0)
     return lines
+
+
+def _device_memory(one: AdapterPlan) -> str:
+    return _gib(one.memory.device if one.memory else 0)
 
 
 def _sizes(one: AdapterPlan) -> str:
@@ -94,17 +117,44 @@ def _sizes(one: AdapterPlan) -> str:
 
 
 def _notes(plan: Plan) -> list[str]:
-    notes = [
-        "Messages are encoded, their numbers drawn from a recorded run; the head counts apart.",
-        f"Memory to train: values, gradients, moments. Beside it the base, {size(plan.base_bytes)} in "
-        "bfloat16, and activations.",
-    ]
+    notes = ["Messages are encoded, their numbers drawn from a recorded run; the head counts apart."]
+    if any(one.memory for one in plan.adapters.values()):
+        notes.append("Memory: predicted for a GPU, base in bfloat16, everything kept for the gradients.")
     if ratio := _against_lora(plan):
         notes.insert(0, ratio)
     for name, one in plan.adapters.items():
         if one.encoded_share < 1:
             notes.append(f"{name}: encoded for {one.encoded_share:.1%} of its factors and scaled up.")
     return notes
+
+
+def _print_fitting(console: Console, plan: Plan) -> None:
+    """Settings that fit the device, of each adapter the fastest few."""
+    device = plan.device
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("adapter", "base", "for the gradients", "texts at once", "memory"):
+        table.add_column(heading, justify="left" if heading in ("adapter", "base") else "right")
+    for name, one in plan.adapters.items():
+        for training, memory in (one.fitting or ())[:FITTING]:
+            base = training.dtype if training.quantize == "none" else training.quantize
+            pieces = -(-training.rows // training.accumulate)
+            table.add_row(Text(name), base, _kept(training), str(pieces), _gib(memory.device))
+        if not one.fitting:
+            table.add_row(Text(name), "nothing fits", "", "", "")
+    step = f"{device.rows} × {device.length} tokens"
+    console.print(f"What fits {device.gib:g} GiB, steps of {step}, the fastest first:")
+    console.print(table)
+
+
+def _kept(training: Training) -> str:
+    """What autograd keeps of a layer."""
+    if training.checkpointing:
+        return "layers made anew"
+    return "inputs made anew" if training.recompute else "all is kept"
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.1f} GiB"
 
 
 def _against_lora(plan: Plan) -> str:

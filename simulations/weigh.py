@@ -45,6 +45,11 @@ def plan(
             min=0, metavar="INTEGER", help="Of a task head; 0 models language. Else 2 for an encoder."
         ),
     ] = None,
+    device_memory: Annotated[
+        float | None, typer.Option(help="GiB of a client's GPU: print which settings fit.", metavar="FLOAT")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts of a step, for the memory.")] = 4,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text, for the memory.")] = 512,
     json: Annotated[bool, typer.Option("--json", help="Print numbers as JSON.")] = False,
     paper: Annotated[
         bool, typer.Option("--paper", help="Print the parameter counts of the VB-LoRA paper, counted again.")
@@ -60,10 +65,11 @@ def plan(
 
       fedvb plan --model llama-2-13b --adapters vblora,lora:64 --rank 6
       fedvb plan --model ./llama/config.json --adapters vblora --link 5mbit
+      fedvb plan --model llama-2-7b --device-memory 8
       fedvb plan --paper
     """
     from simulations.adapters import parse_adapters
-    from simulations.plan import Federation, plan_adapters
+    from simulations.plan import Device, Federation, plan_adapters
     from simulations.plan_tables import as_json, paper_table, plan_table
 
     if paper:
@@ -71,8 +77,8 @@ def plan(
         return
     if not model:
         raise ConfigError("--model: which one? such as llama-2-13b, or a config.json")
-    federation = Federation(clients, rounds, link)
-    found = plan_adapters(model, classes, parse_adapters(adapters), config_of(given))
+    federation, device = Federation(clients, rounds, link), Device(device_memory, batch_size, max_length)
+    found = plan_adapters(model, classes, parse_adapters(adapters), config_of(given), device)
     if json:
         print(json_module.dumps(as_json(found, federation), indent=2))
     else:

@@ -270,7 +270,7 @@ def test_help_fits_and_names_every_option(fedvb: Run, monkeypatch: pytest.Monkey
     assert (bare.code, bare.err) == (0, "")
     assert bare.out.split() == fedvb("--help").out.split()
     assert "Usage: fedvb " in bare.out
-    for command in ([], ["simulate"], ["export"]):
+    for command in ([], ["simulate"], ["export"], ["plan"], ["compare"]):
         shown = fedvb(*command, "--help")
         assert (shown.code, shown.err) == (0, "")
         assert max(map(len, shown.out.splitlines())) <= WIDTH

@@ -9,7 +9,7 @@ import pytest
 
 from simulations.adapters import parse_adapters
 from simulations.paper import PUBLISHED, count_published
-from simulations.plan import Federation, plan_adapters
+from simulations.plan import Device, Federation, plan_adapters
 from tests.simulations.conftest import Run
 from vblora.errors import ConfigError
 
@@ -27,7 +27,9 @@ def test_the_uplink_of_a_13b_model_is_a_thousandth_of_loras():
         assert vblora.trained == 524_288 + 2048 * rows
         assert vblora.encoded_share == 1
         assert 1800 * max(vblora.up_bytes_first, vblora.up_bytes_steady) <= lora.float32_bytes
-        assert vblora.training_bytes < 130e6
+        assert vblora.memory is not None
+        assert lora.memory is not None
+        assert vblora.memory.adapter < 0.1 * lora.memory.adapter
 
 
 def test_a_part_of_the_layers_weighs_as_much_as_all(monkeypatch: pytest.MonkeyPatch):
@@ -68,6 +70,17 @@ def test_a_client_sends_and_receives_in_every_round():
     slow, fast = (Federation(1, 3, link) for link in ("8kbit", "8 Mbit/s"))
     assert one.hours(slow) == pytest.approx(one.client_bytes(3) / 1000 / 3600)
     assert one.hours(slow) == pytest.approx(1000 * one.hours(fast))
+
+
+def test_what_fits_a_device():
+    """A 7B base has room in 8 GiB in 4 bits only, and beside VB-LoRA only."""
+    found = plan_adapters("llama-2-7b", None, parse_adapters("vblora,lora:64"), {}, Device(8)).adapters
+    fitting = found["vblora"].fitting
+    assert fitting
+    assert {training.quantize for training, _ in fitting} == {"4bit"}
+    assert all(memory.device <= 8 * 2**30 for _, memory in fitting)
+    assert found["lora:64"].fitting == ()
+    assert plan_adapters("gpt2", None, parse_adapters("vblora"), {}).adapters["vblora"].fitting is None
 
 
 @pytest.mark.parametrize(
@@ -156,6 +169,9 @@ def test_plan_as_a_table(fedvb: Run, tiny_bert: Path, monkeypatch: pytest.Monkey
     assert (shown.code, shown.err) == (0, "")
     for told in ("r 4, h 8, b 32, k 2", "a client, 9 rounds", "on 1 Mbit/s", "1,000 clients", "sends 1/"):
         assert told in shown.out
+    memory = fedvb("plan", "--model", tiny_bert, "--device-memory", "0.7", "--batch-size", "2")
+    assert "What fits 0.7 GiB, steps of 2 × 512 tokens, the fastest first:" in memory.out
+    assert "all is kept" in memory.out
     published = fedvb("plan", "--paper")
     assert published.code == 0
     assert "llama-2-13b all" in published.out
@@ -170,6 +186,7 @@ def test_plan_as_a_table(fedvb: Run, tiny_bert: Path, monkeypatch: pytest.Monkey
         ("--model gpt2 --adapters dora", "kind is 'dora', expected one of vblora"),
         ("--model gpt2 --rounds 0 --clients 0", "clients is 0, expected at least 1; rounds is 0"),
         ("--model gpt2 --link fast", "link is 'fast'"),
+        ("--model gpt2 --device-memory 0 --batch-size 0", "device-memory is 0, expected GiB above 0; batch-"),
         ("--model gpt2 --target-modules nope", "'nope' fits no linear layer"),
         ("--model gpt2 --adapters lora:5000", "rank is '5000', expected 1 to 1024"),
         ("--model gpt2 --wire tiny", "wire is 'tiny'"),
