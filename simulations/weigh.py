@@ -90,7 +90,11 @@ def compare(
     context: typer.Context,
     adapters: Annotated[
         str,
-        typer.Option(help="KIND or KIND:NUMBER, by comma, a LoRA among them.", rich_help_panel="Comparison"),
+        typer.Option(
+            help="KIND or KIND:NUMBER, by comma, a LoRA among them: vblora, lora:8, ffa-lora:8, lora-xs:32, "
+            "uni-lora:32768, bank-only.",
+            rich_help_panel="Comparison",
+        ),
     ] = "vblora,lora:8",
     seeds: Annotated[
         int, typer.Option(help="Runs of each adapter, from --seed on.", rich_help_panel="Comparison")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from simulations.compare.protocol import Planned
 from simulations.units import duration
@@ -34,18 +37,14 @@ class Board:
         self._rounds: dict[str, int] = {}  # done here, of the runs at work, by label
         self._began: dict[str, float] = {}
         self._done = 0.0  # of all runs, in runs
-        self._live = Progress(
-            TextColumn("{task.fields[ended]} of {task.fields[runs]} runs"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[left]} left\n{task.description}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
+        self._of = 0  # rounds of a run
+        self._live = Live(
+            console=console, get_renderable=self._picture, transient=True, auto_refresh=console.is_terminal
         )
-        self._task = self._live.add_task("", total=runs, ended=0, runs=runs, left=duration(seconds))
 
     def __enter__(self) -> Board:
-        self._live.start()
+        if self._console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(
@@ -56,12 +55,11 @@ class Board:
     def run_started(self, run: Planned) -> None:
         self._rounds[run.label] = 0
         self._began[run.label] = time.monotonic()
-        self._show(run)
 
     def round_done(self, run: Planned, number: int) -> None:
         self._rounds[run.label] = number
-        self._done += 1 / (1 + int(run.config["rounds"]))
-        self._show(run)
+        self._of = int(run.config["rounds"])
+        self._done += 1 / (1 + self._of)
 
     def run_ended(self, run: Planned, error: str) -> None:
         self._ended += 1
@@ -75,14 +73,14 @@ class Board:
             highlight=False,
             soft_wrap=True,
         )
-        self._show(run)
 
-    def _show(self, run: Planned) -> None:
-        rounds = run.config["rounds"]
-        at_work = "\n".join(f"{label}: round {number}/{rounds}" for label, number in self._rounds.items())
-        self._live.update(
-            self._task, completed=self._ended, ended=self._ended, left=self._left(), description=at_work
-        )
+    def _picture(self) -> Group:
+        """A bar over all runs, and a line for each at work."""
+        head = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=self._runs, completed=self._done, width=20)
+        head.add_row(f"{self._ended} of {self._runs} runs", bar, f"{self._left()} left")
+        lines = [f"{label}: round {number}/{self._of}" for label, number in self._rounds.items()]
+        return Group(head, Text("\n".join(lines)))
 
     def _left(self) -> str:
         """As long as was thought at first, then by what has been done."""
