@@ -22,13 +22,17 @@ Maker = Callable[[], Tensor]
 def maker(x: Tensor) -> Maker | None:
     """Makes x anew, if called before its own gradient is computed; None where it has to be kept.
 
-    Where a hook puts away what autograd keeps (activation checkpointing, offloading), it is not for us to
-    bring it back: there x is kept as well, that is, put away. A compiler decides by itself what it keeps.
+    A compiler decides by itself what it keeps. Under activation checkpointing nothing is kept anyway, and what
+    is brought back may be read once.
     """
-    if torch.compiler.is_compiling() or x.grad_fn is None:
+    if torch.compiler.is_compiling() or x.grad_fn is None or _is_checkpointed():
         return None
+    return _of(x.grad_fn)
+
+
+def _is_checkpointed() -> bool:
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return _of(x.grad_fn) if hooks is None else None
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def _of(node: Any) -> Maker | None:
