@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["AdamW"]
+from vblora.errors import raise_faults
+
+__all__ = ["AdamW", "decay_faults"]
 
 
 @dataclass
 class AdamW:
     """AdamW (arXiv 1711.05101), as `torch.optim.AdamW` computes it, for tensors (C, ...).
 
-    Weight decay is 0 and cannot be set: on a bank or its logits it would move what was never touched.
-
     Attributes:
         rates: learning rate by tensor name.
         clip_norm: largest gradient norm of a client over all its tensors; 0 is off.
+        weight_decay: of all tensors. A bank and its logits take none: see `decay_faults`.
     """
 
     rates: Mapping[str, float]
     clip_norm: float = 0.0
+    weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
 
@@ -49,7 +51,11 @@ class AdamW:
             active: (C,) bool, clients that take this step; None for all. Clients may end early, not start
                 late.
             scale: of all rates in this step.
+
+        Raises:
+            ConfigError: there is weight decay, and a tensor that takes none.
         """
+        raise_faults("AdamW", decay_faults(self.weight_decay, tensors))
         self._step += 1
         beta1, beta2 = self.betas
         root = (1 - beta2**self._step) ** 0.5
@@ -63,7 +69,11 @@ class AdamW:
             first, second = self._first[name], self._second[name]
             first.lerp_(gradient, 1 - beta1)
             second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            rate = scale * self.rates[name] / (1 - beta1**self._step)
+            rate = scale * self.rates[name]
+            if self.weight_decay:
+                lost = rate * self.weight_decay
+                tensor.mul_(1 - lost if active is None else 1 - lost * _as(active, tensor))
+            rate /= 1 - beta1**self._step
             if active is None:
                 tensor.addcdiv_(first, (second.sqrt() / root).add_(self.epsilon), value=-rate)
             else:
@@ -82,6 +92,15 @@ class AdamW:
             return None
         squares = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients.values()])
         return (self.clip_norm / (squares.sum(dim=0).sqrt() + 1e-6)).clamp(max=1.0)
+
+
+def decay_faults(weight_decay: float, names: Iterable[str]) -> Iterator[str]:
+    """What weight decay would break: nothing may move but what a gradient moves."""
+    if weight_decay and not {"bank", "logits"}.isdisjoint(names):
+        yield (
+            f"weight-decay is {weight_decay}, expected 0 for an adapter with a bank: a logit that decays "
+            "without being chosen leaves the seeded order, and its row would need all h logits again"
+        )
 
 
 def _as(per_client: Tensor, tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from fl_client.hazards import HazardSettings
+from fl_client.optim import decay_faults
 from fl_client.personal import PersonalSettings
 from fl_client.train import LocalSettings
 from vblora.errors import ConfigError, raise_faults
@@ -225,6 +226,12 @@ class SiteSettings:
             yield "model is empty, expected minilm, a hub id or a local folder"
         if self.quantize not in QUANTIZE:
             yield f"quantize is {self.quantize!r}, expected one of {', '.join(QUANTIZE)}"
+        banked = (
+            {"bank"}
+            if "num_vectors" in {entry.name for entry in fields(ADAPTERS[self.adapter.adapter])}
+            else ()
+        )
+        yield from decay_faults(self.local.weight_decay, banked)
         if self.cohort < 0:
             yield f"cohort is {self.cohort}, expected 1 or more, or 0 to choose it"
 

@@ -45,6 +45,7 @@ class LocalSettings:
         warmup: share of the steps over which the rates rise: Adam's first steps, of a round too, are all
             sign and no size.
         clip_norm: largest gradient norm; 0 is off.
+        weight_decay: of AdamW, on kinds without a bank.
         prox: weight of FedProx' pull towards the reference (arXiv 1812.06127), on everything but logits.
     """
 
@@ -57,6 +58,7 @@ class LocalSettings:
     lr_head: float = 1e-2
     warmup: float = 0.25
     clip_norm: float = 0.0
+    weight_decay: float = 0.0
     prox: float = 0.0
 
     def __post_init__(self) -> None:
@@ -74,6 +76,8 @@ class LocalSettings:
             yield f"warmup is {self.warmup}, expected 0 to 1"
         if not 0 <= self.clip_norm < float("inf"):
             yield f"clip-norm is {self.clip_norm}, expected 0 (off) or more"
+        if not 0 <= self.weight_decay <= 1:
+            yield f"weight-decay is {self.weight_decay}, expected 0 to 1"
         if not 0 <= self.prox < float("inf"):
             yield f"prox is {self.prox}, expected 0 (off) or more"
 
@@ -151,7 +155,8 @@ def train_cohort(
     ]
     passes = Passes(model, task, graphs)
     collated = partial(collate, pad=pad, device=model.device, length=graphs.length if graphs else int)
-    optimiser = AdamW(settings.rates(model.blueprint.spec.kind, scale), settings.clip_norm)
+    rates = settings.rates(model.blueprint.spec.kind, scale)
+    optimiser = AdamW(rates, settings.clip_norm, settings.weight_decay)
     starts = [job.start or state for job in jobs]
     tensors = model.load(*starts)
     start = {name: tensors[name].detach().clone() for name in state.dense} if settings.prox else {}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fl_client.optim import AdamW
+from vblora.errors import ConfigError
 
 RATES = {"bank": 4e-3, "logits": 0.1}
 SHAPES = {"bank": (5, 4), "logits": (7,)}
@@ -115,6 +116,38 @@ def test_widening_before_the_first_step_is_nothing():
     tensors = drawn(0)
     optimiser.step(tensors, gradients(0), None)
     torch.testing.assert_close(tensors["bank"][0], alone(0, 1, 0.0)["bank"])
+
+
+@pytest.mark.parametrize("active", [None, torch.ones(CLIENTS, dtype=torch.bool)])
+def test_weight_decay_is_torchs(active):
+    tensors = {"rows": drawn(0)["bank"], "head": drawn(0)["logits"]}
+    start = {name: tensor.clone() for name, tensor in tensors.items()}
+    optimiser = AdamW({"rows": 4e-3, "head": 0.1}, weight_decay=0.1)
+    for step in range(10):
+        found = gradients(step)
+        optimiser.step(tensors, {"rows": found["bank"], "head": found["logits"]}, active)
+    for client in range(CLIENTS):
+        own = {name: tensor[client].requires_grad_() for name, tensor in start.items()}
+        groups = [{"params": [own["rows"]], "lr": 4e-3}, {"params": [own["head"]], "lr": 0.1}]
+        theirs = torch.optim.AdamW(groups, weight_decay=0.1)
+        for step in range(10):
+            found = gradients(step)
+            own["rows"].grad, own["head"].grad = found["bank"][client], found["logits"][client]
+            theirs.step()
+        for name, expected in own.items():
+            torch.testing.assert_close(tensors[name][client], expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_client_that_has_ended_does_not_decay():
+    tensors, optimiser = {"rows": drawn(0)["bank"]}, AdamW({"rows": 0.1}, weight_decay=0.5)
+    optimiser.step(tensors, {"rows": gradients(0)["bank"]}, torch.tensor([True, False, True]))
+    assert torch.equal(tensors["rows"][1], drawn(0)["bank"][1])
+
+
+def test_weight_decay_on_a_bank_or_logits_explains_itself():
+    told = r"weight-decay is 0\.1, expected 0 for an adapter with a bank: a logit"
+    with pytest.raises(ConfigError, match=told):
+        AdamW(RATES, weight_decay=0.1).step(drawn(0), gradients(0), None)
 
 
 def test_what_has_no_gradient_does_not_move():

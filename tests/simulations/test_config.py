@@ -88,6 +88,9 @@ def test_all_faults_of_all_parts_in_one_line():
         ({"model": 3}, "model is 3, expected text"),
         ({"cohort": True}, "cohort is True, expected a whole number"),
         ({"cohort": -1}, "cohort is -1"),
+        ({"accumulate": 0}, "accumulate is 0, expected at least 1"),
+        ({"weight-decay": 0.1}, r"weight-decay is 0\.1, expected 0 for an adapter with a bank: a logit"),
+        ({"adapter": "lora", "weight-decay": 2.0}, "weight-decay is 2.0, expected 0 to 1"),
         ({"workers": -1}, "workers is -1, expected 1 or more, or 0"),
         ({"workers": 1.5}, "workers is 1.5, expected a whole number"),
         ({"model": ""}, "model is empty"),
@@ -98,6 +101,11 @@ def test_values_of_a_wrong_type(changes: dict[str, object], told: str):
     """`flwr run . -c` and a hand-edited config.json can bring any."""
     with pytest.raises(ConfigError, match=told):
         check_config({**default_config(), **changes})
+
+
+def test_weight_decay_is_for_kinds_without_a_bank():
+    site, _ = check_config({**default_config(), "adapter": "lora", "weight-decay": 0.1})
+    assert site.local.weight_decay == 0.1
 
 
 def test_whole_numbers_will_do_for_floats():
