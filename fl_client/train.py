@@ -53,9 +53,9 @@ class LocalSettings:
     batch_size: int = 16
     accumulate: int = 1
     lr_bank: float = 8e-3
-    lr_logits: float = 1e-2
+    lr_logits: float = 3e-2
     lr_rows: float = 0.0
-    lr_head: float = 1e-2
+    lr_head: float = 4e-2
     warmup: float = 0.25
     clip_norm: float = 0.0
     weight_decay: float = 0.0

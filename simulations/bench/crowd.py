@@ -186,6 +186,7 @@ class _Idle:
                 "versions": {},
                 "blueprint": self._blueprint.to_json(),
                 "metric": {"name": "accuracy", "higher_is_better": True},
+                "prompts": 0,
             }
         )
 
