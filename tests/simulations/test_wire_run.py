@@ -195,6 +195,7 @@ OPTIONS: dict[str, list[str]] = {
     "keep": ["--wire-keep", "0.1"],
     "feedback": ["--wire-feedback", "on"],
     "chance": ["--wire-stochastic", "on"],
+    "trellis": ["--wire-trellis", "on"],
 }
 
 

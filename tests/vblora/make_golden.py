@@ -125,6 +125,7 @@ def _chosen(topk: TopK | None, blueprint: Blueprint, turn: int) -> TopK | None:
 HEADLESS = Blueprint(SPEC, BLUEPRINT.linears, (), "toy-4")
 THREE = Blueprint(VBLoRASpec(rank=2, num_vectors=11, vector_length=4, topk=3, seed=11), BLUEPRINT.linears)
 LARGE = Blueprint(VBLoRASpec(rank=4, num_vectors=64, vector_length=16, seed=11), (Linear("a", 1024, 1024),))
+MANY = Blueprint(VBLoRASpec(rank=1, num_vectors=64, vector_length=128, seed=11), (Linear("a", 128, 128),))
 LORA = Blueprint(LoRASpec(rank=2, seed=11), BLUEPRINT.linears, HEAD, "toy-4", ("a", "b"))
 
 # Of each blob: its adapter, and what it builds on, a number of `make_reference`'s turns; None is whole.
@@ -141,6 +142,8 @@ GOLDEN_BLOBS: dict[str, tuple[Blueprint, int | None]] = {
     "update-headless": (HEADLESS, 2),
     "update-three": (THREE, 2),
     "update-large": (LARGE, 2),
+    "update-trellis": (LARGE, 2),
+    "update-by-class": (MANY, 2),
     "update-lora": (LORA, 2),
 }
 GOLDEN_WIRES = {
@@ -148,6 +151,8 @@ GOLDEN_WIRES = {
     "update-smallest": WIRES["smallest"],
     "update-plain": replace(WIRES["default"], stochastic=True),
     "update-bfloat16": replace(WIRES["default"], up_bits=16.0),
+    "update-trellis": replace(WIRES["default"], trellis=True),
+    "update-by-class": replace(WIRES["default"], up_bits=0.75),
 }
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.vblora.fuzz import CORPUS, NAMES, run_one, seeds
+from tests.vblora.fuzz import CORPUS, run_one, seeds
+from tests.vblora.make_golden import GOLDEN_BLOBS
 
 SECONDS = 600
 TOO_LONG = 10  # seconds of one input
@@ -26,7 +27,7 @@ def _traced() -> Iterator[None]:
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GOLDEN_BLOBS)
 def test_a_sound_blob_is_accepted(name: str):
     told = "trained from version 5" if name == "update" else "accepted"
     assert told in run_one(seeds()[name])

@@ -127,8 +127,8 @@ def by_class(
                 frequencies = [(one + 1) // 2 for one in frequencies]
             done += len(block)
     found: list[int] = []
-    for first in range(0, len(told), 1 << 14):
-        run = told[first : first + (1 << 14)]
+    for first in range(0, len(told), 1 << 12):
+        run = told[first : first + (1 << 12)]
         found += map(number, run, plain_bits(run, data))
     return found
 
