@@ -40,7 +40,7 @@ def page(outcome: Outcome, command: str) -> str:
     shown = columns(comparison)
     scores = [[show(row) for show in shown.values()] for row in comparison.rows]
     return Template(_template()).substitute(
-        title=html.escape(f"{model} on {data}: {len(comparison.rows)} adapters compared"),
+        title=html.escape(f"{model} on {data}: what adapters cost to communicate"),
         about=html.escape(_about(protocol, comparison)),
         verdict="\n".join(f"<p>{html.escape(line)}</p>" for line in verdict(comparison)),
         pictures="\n".join(_pictures(comparison)),
