@@ -151,8 +151,12 @@ def contenders(adapters: Mapping[str, Config], base: Config) -> tuple[dict[str, 
 
 
 def _contender(name: str, keys: Config, base: Config) -> Contender:
-    """With the rate of its main tensor: the bank, or what a kind without one trains."""
+    """With the rate of its main tensor: the bank, or what a kind without one trains. A bank takes no weight
+    decay."""
     kind = str(keys["adapter"])
-    rate = "lr-rows" if kind in RATES else "lr-bank"
-    default = float(base[rate]) or RATES[kind]
+    if kind in RATES:
+        rate, default = "lr-rows", float(base["lr-rows"]) or RATES[kind]
+    else:
+        rate, default = "lr-bank", float(base["lr-bank"])
+        keys = {**keys, "weight-decay": 0.0}
     return Contender(name, keys, rate, tuple(default * factor for factor in GRID))

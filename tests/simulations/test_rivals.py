@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from fl_client.train import RATES, LocalSettings
 from simulations.bench import learning
 from simulations.bench.rivals import comparisons, tables
+from simulations.compare.protocol import GRID
 from simulations.config import check_config, default_config
 from tests.conftest import ROOT
 
@@ -135,3 +137,15 @@ def test_rates_are_not_chosen_on_what_is_compared():
             for runs in (tried, final)
         ]
         assert methods[0] == methods[1]
+
+
+def test_the_rates_that_are_tried_are_those_of_a_comparison():
+    """Half, once and twice what a run has by default."""
+    for name in ("sst2", "banking77"):
+        tried: dict[str, set[float]] = {}
+        for config in learning.read_study(STUDIES / f"rates-{name}.json"):
+            rate = next(key for key in ("lr-rows", "lr-bank") if key in config)
+            tried.setdefault(str(config["adapter"]), set()).add(config[rate])
+        for kind, values in tried.items():
+            default = RATES.get(kind, LocalSettings.lr_bank)
+            assert sorted(values) == [default * factor for factor in GRID]

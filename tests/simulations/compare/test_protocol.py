@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from fl_client.train import RATES
 from simulations.adapters import parse_adapters
 from simulations.compare.protocol import Protocol, contenders
 from simulations.config import default_config
 from vblora.errors import ConfigError
 
-OWN = {"adapter", "rank", "theta-length", "lr-rows", "lr-bank", "seed", "out", "eval-split"}
+OWN = {"adapter", "rank", "theta-length", "lr-rows", "lr-bank", "weight-decay", "seed", "out", "eval-split"}
 
 
 def protocol(adapters: str = "vblora,lora:8", out: Path = Path("cmp"), **changes: object) -> Protocol:
@@ -44,9 +45,16 @@ def test_rates_are_tried_around_what_a_run_would_have():
     found = protocol("vblora,lora:8,lora-xs:4,bank-only", lr_bank=0.01).contenders
     rates = {name: (contender.rate, contender.values) for name, contender in found.items()}
     assert rates["vblora"] == rates["bank-only"] == ("lr-bank", (0.005, 0.01, 0.02))
-    assert rates["lora:8"] == ("lr-rows", (1e-3, 2e-3, 4e-3))
-    assert rates["lora-xs:4"] == ("lr-rows", (2e-3, 4e-3, 8e-3))
+    for name, kind in (("lora:8", "lora"), ("lora-xs:4", "lora-xs")):
+        assert rates[name] == ("lr-rows", (RATES[kind] / 2, RATES[kind], 2 * RATES[kind]))
     assert protocol("lora:8", lr_rows=0.1).contenders["lora:8"].default == 0.1
+
+
+def test_a_bank_takes_no_weight_decay():
+    found = protocol("vblora,lora:8,bank-only", weight_decay=0.01)
+    runs = found.final_runs({name: contender.default for name, contender in found.contenders.items()})
+    decay = {run.contender: run.config["weight-decay"] for run in runs}
+    assert decay == {"lora:8 float32": 0.01, "lora:8": 0.01, "vblora": 0.0, "bank-only": 0.0}
 
 
 def test_all_runs_share_everything_but_their_adapter():
