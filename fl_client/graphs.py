@@ -18,7 +18,7 @@ LENGTHS = 32  # texts are padded to a multiple of it: few shapes of batch, so fe
 MOST = 16  # graphs held; each has its memory
 
 Tensors = dict[str, Tensor]
-Pass = Callable[[Tensors, Batch, Tensor], tuple[Tensor, Tensors]]
+Pass = Callable[[Tensors, Batch, Tensor | None, int], tuple[Tensor, Tensors]]
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Captured:
     graph: torch.cuda.CUDAGraph
     leaves: Tensors
     batch: list[Tensor]
-    share: Tensor
+    share: Tensor | None
     losses: Tensor
     gradients: Tensors
 
@@ -52,22 +52,25 @@ class Graphs:
         padded = LENGTHS * -(-tokens // LENGTHS)
         return padded if self.longest is None else max(tokens, min(padded, self.longest))
 
-    def run(self, work: Pass, leaves: Tensors, batch: Batch, share: Tensor) -> tuple[Tensor, Tensors]:
+    def run(
+        self, work: Pass, leaves: Tensors, batch: Batch, share: Tensor | None, clients: int
+    ) -> tuple[Tensor, Tensors]:
         """What `work` gives, in tensors of the caller's own.
 
         Args:
             work: losses (C,) and gradients of the leaves that want one.
             leaves: by name.
             batch: of C clients.
-            share: (C,).
+            share: (C,) or None.
+            clients: C.
         """
         given = _tensors(batch)
         key: tuple[object, ...] = tuple((*leaf.shape, leaf.requires_grad) for leaf in leaves.values())
-        key += (*(tensor.shape for tensor in given), len(share))
+        key += (*(tensor.shape for tensor in given), share is None, clients)
         if key not in self._held:
             if len(self._held) == MOST:
                 self._held.popitem(last=False)
-            self._held[key] = _capture(work, leaves, batch, share)
+            self._held[key] = _capture(work, leaves, batch, share, clients)
         self._held.move_to_end(key)
         held = self._held[key]
         with torch.no_grad():
@@ -75,23 +78,24 @@ class Graphs:
                 held.leaves[name].copy_(leaf)
             for kept, tensor in zip(held.batch, given, strict=True):
                 kept.copy_(tensor)
-            held.share.copy_(share)
+            if share is not None and held.share is not None:
+                held.share.copy_(share)
         held.graph.replay()
         return held.losses.clone(), {name: found.clone() for name, found in held.gradients.items()}
 
 
-def _capture(work: Pass, leaves: Tensors, batch: Batch, share: Tensor) -> Captured:
+def _capture(work: Pass, leaves: Tensors, batch: Batch, share: Tensor | None, clients: int) -> Captured:
     own = {name: leaf.detach().clone().requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()}
     held = Batch(*(tensor.clone() for tensor in _tensors(batch)))
-    share = share.clone()
+    share = None if share is None else share.clone()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        work(own, held, share)
+        work(own, held, share, clients)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        losses, gradients = work(own, held, share)
+        losses, gradients = work(own, held, share, clients)
     return Captured(graph, own, _tensors(held), share, losses, gradients)
 
 

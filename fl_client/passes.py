@@ -57,7 +57,8 @@ class Passes:
         composed = self.model.compose(tensors)
         wanted = [name for name in composed if any((key == "head") == (name == "head") for key in trained)]
         leaves = {name: tensor.detach().requires_grad_(name in wanted) for name, tensor in composed.items()}
-        parts = [self._passed(leaves, batch, share) for batch, share in self._shared(pieces, clients)]
+        shared = self._shared(pieces, clients)
+        parts = [self._passed(leaves, batch, share, clients) for batch, share in shared]
         losses, of_leaves = parts[0]
         for more, of_more in parts[1:]:
             losses = losses + more
@@ -67,21 +68,29 @@ class Passes:
         )
         return losses, dict(zip(trained, found, strict=True))
 
-    def _shared(self, pieces: Sequence[Batch], clients: int) -> list[tuple[Batch, Tensor]]:
+    def _shared(self, pieces: Sequence[Batch], clients: int) -> list[tuple[Batch, Tensor | None]]:
         """Pieces with the share (C,) of a client's targets that each has: a loss is a mean over targets."""
+        if len(pieces) == 1:
+            return [(pieces[0], None)]
         counts = torch.stack([self.task.counts(batch, clients) for batch in pieces])
         return list(zip(pieces, counts / counts.sum(dim=0).clamp(min=1), strict=True))
 
-    def _passed(self, leaves: Tensors, batch: Batch, share: Tensor) -> tuple[Tensor, Tensors]:
-        if self.graphs is None:
-            return self._pass(leaves, batch, share)
-        return self.graphs.run(self._pass, leaves, batch, share)
+    def _passed(
+        self, leaves: Tensors, batch: Batch, share: Tensor | None, clients: int
+    ) -> tuple[Tensor, Tensors]:
+        if self.graphs is not None:
+            return self.graphs.run(self._pass, leaves, batch, share, clients)
+        return self._pass(leaves, batch, share, clients)
 
-    def _pass(self, leaves: Tensors, batch: Batch, share: Tensor) -> tuple[Tensor, Tensors]:
+    def _pass(
+        self, leaves: Tensors, batch: Batch, share: Tensor | None, clients: int
+    ) -> tuple[Tensor, Tensors]:
         """Losses (C,) times their shares, and gradients of the leaves that want one."""
         self.model.attach(leaves)
         try:
-            losses = self.task.losses(self.model(**batch.inputs).logits, batch, len(share)) * share
+            losses = self.task.losses(self.model(**batch.inputs).logits, batch, clients)
+            if share is not None:
+                losses = losses * share
             wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
             found = torch.autograd.grad(losses.sum(), list(wanted.values()))
         finally:

@@ -22,8 +22,8 @@ Maker = Callable[[], Tensor]
 def maker(x: Tensor) -> Maker | None:
     """Makes x anew, if called before its own gradient is computed; None where it has to be kept.
 
-    A compiler decides by itself what it keeps. Under activation checkpointing nothing is kept anyway, and what
-    is brought back may be read once.
+    A compiler decides by itself what it keeps. Under activation checkpointing nothing is kept, and what is
+    brought back may be read once.
     """
     if torch.compiler.is_compiling() or x.grad_fn is None or _is_checkpointed():
         return None
@@ -32,7 +32,7 @@ def maker(x: Tensor) -> Maker | None:
 
 def _is_checkpointed() -> bool:
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 def _of(node: Any) -> Maker | None:
