@@ -322,3 +322,23 @@ def test_a_finished_run_goes_on_for_more_rounds(fedvb: Run, run_copy: Path):
     assert read_history(run_copy)[:4] == before
     assert read_summary(run_copy)["rounds"] == 5
     assert json.loads((run_copy / "config.json").read_text())["rounds"] == 5
+
+
+# --- How the device is used -----------------------------------------------------------------------
+
+
+def test_less_memory_is_the_same_training(finished: Path, tiny_bert: Path, topics: Path, tmp_path: Path):
+    """Checkpointed blocks and inputs made anew give the same bits, pieces the same sums in another order."""
+    expected = read_history(finished)
+    for changes in ({"checkpointing": True, "recompute": True}, {"accumulate": 3}):
+        out = tmp_path / "-".join(changes)
+        simulate(small_config(tiny_bert, topics, out, **changes))
+        for found, plain in zip(read_history(out), expected, strict=True):
+            if found["round"]:
+                assert found["train_loss"] == pytest.approx(plain["train_loss"], abs=1e-3)
+
+
+def test_graphs_are_for_gpus(tiny_bert: Path, topics: Path, tmp_path: Path):
+    config = small_config(tiny_bert, topics, tmp_path / "run", device="cpu", cuda_graphs=True)
+    with pytest.raises(ConfigError, match="--cuda-graphs: the base is on a CPU"):
+        simulate(config)
