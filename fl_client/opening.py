@@ -70,7 +70,7 @@ def _dealt(data: DataSettings) -> tuple[Corpus, list[NDArray[np.int64]]]:
     spec = parse_partition(data.partition)
     corpus = load_corpus(
         data.data,
-        data.task,
+        "classification" if data.task == "auto" and data.labels else data.task,
         text_column=data.text_column,
         label_column=data.label_column,
         group_column=spec.column,

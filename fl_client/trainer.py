@@ -60,8 +60,15 @@ def run_trainer(
         FedVBError: the site's model or data cannot be used, or another trainer has this folder or socket.
     """
     path = checked_socket(socket or state / "trainer.sock")
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if path.exists() and not path.is_socket():
+        raise RunError(f"--socket {path}: there is something else of this name; choose another")
+    for folder, option in ((state, "--state"), (path.parent, "--socket")):
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise RunError(
+                f"{option}: {folder} cannot be made ({error.strerror}); name a folder that you can write to"
+            ) from error
     stopped = threading.Event()
     with _alone(state):
         if trainer_listens(path):
@@ -255,7 +262,11 @@ def _listen(path: Path, service: _Service) -> grpc.Server:
 @contextmanager
 def _alone(state: Path) -> Iterator[None]:
     """Hold the folder's lock; a killed trainer lets go of it by dying."""
-    with (state / "lock").open("a+") as file:
+    try:
+        opened = (state / "lock").open("a+")
+    except OSError as error:
+        raise RunError(f"--state {state}: cannot be written to ({error.strerror})") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

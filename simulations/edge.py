@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from simulations.flower_programs import become, require_free, warn_insecure
+from simulations.flower_programs import become, make_home, require_free, warn_insecure
 from vblora.errors import ConfigError, raise_faults
 
 __all__ = ["add_commands"]
@@ -139,7 +139,7 @@ def site(
         check_node_keys(key, authority)
         arguments += ["--root-certificates", str(authority), "--auth-supernode-private-key", str(key)]
     require_free("127.0.0.1", port)
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_home(state)
     become("flower-supernode", arguments, state)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vblora.errors import RunError
 
-__all__ = ["become", "environment", "require_free", "warn_insecure"]
+__all__ = ["become", "environment", "make_home", "require_free", "warn_insecure"]
 
 
 def environment(state: Path) -> dict[str, str]:
@@ -25,6 +25,20 @@ def environment(state: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     }
     return {**quiet, **os.environ, "FLWR_HOME": home, "PATH": path}
+
+
+def make_home(state: Path) -> None:
+    """Make the folder of one of Flower's programs.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    try:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise RunError(
+            f"--state: {state} cannot be made ({error.strerror}); name a folder that you can write to"
+        ) from error
 
 
 def become(program: str, arguments: Sequence[str], state: Path) -> None:

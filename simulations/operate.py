@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simulations.flower_programs import environment, require_free, warn_insecure
+from simulations.flower_programs import environment, make_home, require_free, warn_insecure
 from vblora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def server(
     if insecure:
         warn_insecure()
     require_free(host, port)
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_home(state)
     if "FLWR_HOME" not in os.environ:  # else it is somebody's, who may have connections of his own there
         authority = None if insecure or keys is None else keys / "ca.crt"
         write_connection(state / "flwr", ANYWHERE.get(host, host), port, authority)

@@ -3,8 +3,11 @@
 import atexit
 import importlib.util
 import os
+import resource
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if item.get_closest_marker("ray") and not has_ray:
             item.add_marker(no_ray)
+
+
+@contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """No file of this process can grow beyond so many bytes: what a full disk does, under another name."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

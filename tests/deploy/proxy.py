@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 
 __all__ = ["Proxy"]
@@ -59,7 +60,8 @@ class Proxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection("127.0.0.1", self._server)
-        await asyncio.gather(self._pass(reader, back, "up"), self._pass(there, writer, "down"))
+        with suppress(asyncio.CancelledError):  # the proxy ends
+            await asyncio.gather(self._pass(reader, back, "up"), self._pass(there, writer, "down"))
 
     async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: str) -> None:
         pieces: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=64)

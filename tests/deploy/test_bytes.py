@@ -20,6 +20,7 @@ from fl_client.resident import Resident
 from fl_client.site import OnStep
 from simulations.bench.wire import shape_blueprint
 from simulations.replay import replayed_update
+from tests.deploy.conftest import write_texts
 from tests.deploy.federation import Federation
 from tests.deploy.proxy import Proxy
 from vblora.rounding import WIRES, round_update
@@ -68,6 +69,35 @@ class Drawn(Resident):
         blob = encode_update(rounded, self.blueprint, state)
         self.sent.append(len(blob))
         return Answer(0, blob, {"train-loss": 1.0, "steps": 1})
+
+
+def test_a_client_and_round_beside_loras(folder: Path, minilm: Path):
+    """Both adapters in one deployment, both in the default wire."""
+    files = [write_texts(folder / f"{n}.csv", ["food", "space", "sport"], 60, n) for n in range(2)]
+    with Federation(folder, minilm, files) as federation:
+        federation.start_server()
+        with Proxy(federation.port) as first, Proxy(federation.port) as second:
+            for site, proxy in zip(federation.sites, (first, second), strict=True):
+                federation.start_trainer(site)
+                federation.register(site)
+                federation.start_node(site, superlink=proxy.port)
+            up: dict[str, float] = {}
+            told: dict[str, int] = {}
+            options = {"rounds": 3, "eval_every": 3, "local_steps": 3, "batch_size": 4}
+            federation.run(folder / "app", **options)  # Flower sends the app to each node with the first run
+            for adapter in ("vblora", "lora"):
+                before = first.up + second.up, first.down + second.down
+                summary = federation.run(folder / adapter, adapter=adapter, **options)
+                up[adapter] = (first.up + second.up - before[0]) / 6
+                down = (first.down + second.down - before[1]) / 6
+                told[adapter] = summary["bytes"]["up_per_client_round"]
+                print(
+                    f"{adapter}: a client and round {up[adapter]:,.0f} B up and {down:,.0f} B down on the "
+                    f"socket, {told[adapter]:,} B up in blobs"
+                )
+    assert up["vblora"] > told["vblora"]
+    # What Flower adds is the same for both, but for the polls of a longer round.
+    assert up["lora"] - up["vblora"] == pytest.approx(told["lora"] - told["vblora"], rel=0.25)
 
 
 @pytest.mark.parametrize("shape", ["RoBERTa-large q,v", "Llama-2-7B"])

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from fl_client.discreet import reason_for_server
 from fl_client.questions import Question
 from fl_client.resident import Budget, Resident
 from fl_server.aggregate import aggregate
+from tests.conftest import full_disk
 from tests.simulations.conftest import tiny_bert, topics  # noqa: F401 (fixtures)
 from vblora.errors import ConfigError, DataError
 from vblora.frame import section_bytes
@@ -127,6 +129,18 @@ def test_a_restarted_site_goes_on_where_it_was(tiny_bert: Path, topics: Path, tm
     assert list(tmp_path.glob("True/memory/a/waiting/0/*"))
 
 
+def test_a_full_disk_is_told_and_the_next_round_is_as_ever(resident: Resident):
+    described = json.loads(resident.answer(Question(0, "describe"), RUN).text)
+    blueprint = Blueprint.from_json(described["blueprint"])
+    asked = Question(
+        0, "train", encode_state(initial_state(blueprint), blueprint), {"round": 1, "lr-scale": 1.0}
+    )
+    with full_disk(100), pytest.raises(OSError, match="File too large") as fault:
+        resident.answer(asked, RUN)
+    assert reason_for_server(fault.value) == "it failed (File too large); the site's own log says why"
+    assert resident.answer(asked, RUN).metrics["steps"] == 3
+
+
 def test_progress_of_an_evaluation_is_told(resident: Resident):
     described = json.loads(resident.answer(Question(0, "describe"), RUN).text)
     blueprint = Blueprint.from_json(described["blueprint"])
@@ -160,3 +174,11 @@ def test_labels_that_do_not_fit_are_named(resident: Resident, tiny_bert: Path, t
     with pytest.raises(ConfigError, match="the run says 'a,b'; agree on one"):
         site.answer(Question(0, "hello"), {**RUN, "labels": "a,b"})
     assert site.answer(Question(0, "hello"), {**RUN, "labels": "sport, food,space"}).text
+
+
+def test_labels_ask_for_a_label_column(tiny_bert: Path, tmp_path: Path):  # noqa: F811
+    path = tmp_path / "notes.csv"
+    path.write_text("text,verdict\n" + "".join(f"apple bread {n},good\n" for n in range(12)))
+    site = Resident({"model": str(tiny_bert), "data": str(path), "labels": "bad,good"}, tmp_path)
+    with pytest.raises(DataError, match=r"found no label column among 'text', 'verdict'; name it with"):
+        site.load(RUN)

@@ -24,6 +24,7 @@ from fl_server.exchange import Reply, Request
 from fl_server.rounds import run_rounds
 from fl_server.stepping import StepSettings
 from fl_server.training import sample_clients
+from tests.conftest import full_disk
 from tests.fl_server.fakes import (
     SPEC,
     FakeClient,
@@ -480,6 +481,25 @@ def test_files_cut_short_by_a_kill(tmp_path: Path, left: float):
         run(out, resume=True)
         assert content(out) == content(tmp_path / "b")
         assert not list((out / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("most", [900, 1400, 2000, 2600])
+def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_room(tmp_path: Path, most: int):
+    """A file that cannot grow is a checkpoint, or the history, whole or in the middle of a line."""
+    with full_disk(most), pytest.raises(OSError, match="File too large"):
+        run(tmp_path / "a")
+    assert not list((tmp_path / "a").rglob(".*")), "nothing half written is left"
+    run(tmp_path / "a", resume=True)
+    run(tmp_path / "b")
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "events.jsonl").mkdir()
+    run_rounds(make_exchange(), make_settings(tmp_path, rounds=1), EventLog(tmp_path))
+    assert (tmp_path / "summary.json").exists()
+    (told,) = (line for line in caplog.messages if "events.jsonl" in line)
+    assert told.endswith("cannot be written (Is a directory)")
 
 
 @pytest.mark.slow

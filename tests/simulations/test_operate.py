@@ -117,6 +117,15 @@ def test_plain_text_only_when_asked_for(fedvb: Run, became: Became, port: int):
         (("site", "--superlink", "h:1", "--socket", "t", "--name", "x" * 65), "has 65 characters"),
         (("keys", "--out", "k", "--nodes", "0"), "--nodes is 0"),
         (("status", "none"), "none: no run here"),
+        (("server", "--insecure", "--state", "/dev/null/x"), "--state: /dev/null/x cannot be made (Not a"),
+        (
+            ("trainer", "--model", "m", "--data", "d", "--state", "/dev/null"),
+            "/dev/null cannot be made (File",
+        ),
+        (
+            ("trainer", "--model", "m", "--data", "d", "--state", "s", "--socket", "/dev/null"),
+            "something else",
+        ),
         (("status", ".", "--follow"), "fedvb watch follows runs"),
         (
             ("trainer", "--model", "m", "--data", "d", "--state", "s", "--max-steps", "-1"),
