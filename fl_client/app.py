@@ -26,7 +26,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.clientapp import ClientApp
 
 from fl_client.discreet import described_for_server, reason_for_server
-from fl_client.questions import OWN_KEYS, Answer, Question, Scalar, of_lone_site
+from fl_client.questions import OWN_KEYS, Answer, Question, Scalar, lone_config, of_lone_site
 from fl_client.thin import ask_trainer, trainer_listens
 from vblora.errors import RunError
 
@@ -101,7 +101,7 @@ def _answers(context: Context, patience: float) -> Answers:
             return _no_trainer
         log.warning("no trainer at %s: training in this process", socket)
     if "data" in own:
-        return partial(_in_this_process, {**run, **own}, context, patience)
+        return partial(_in_this_process, lone_config(run, own), context, patience)
     # Torch and all that needs it, only where there is no trainer.
     from fl_client.opening import open_site
     from fl_client.serve import answer
@@ -134,8 +134,7 @@ def _in_this_process(
 
     for question in questions:
         try:
-            settings = SiteSettings.from_run_config({**config, "clients": 1, "partition": "iid"})
-            site = open_site(_with_state(settings, context))
+            site = open_site(_with_state(SiteSettings.from_run_config(config), context))
             found = next(answer(site, [_in_time(of_lone_site(question), patience)]))
             if question.kind == "describe":
                 found = replace(found, text=described_for_server(found.text))

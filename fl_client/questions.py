@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-__all__ = ["NEED_STATE", "OWN_KEYS", "Answer", "Question", "Scalar", "of_lone_site"]
+__all__ = ["NEED_STATE", "OWN_KEYS", "Answer", "Question", "Scalar", "lone_config", "of_lone_site"]
 
 Scalar = bool | int | float | str
 NEED_STATE = "need-state"  # `Answer.text` where a blob builds on a state that the client does not hold
@@ -13,7 +13,8 @@ NEED_STATE = "need-state"  # `Answer.text` where a blob builds on a state that t
 # Options that a site may set for itself: they then win over the run's, which its server chose.
 OWN_KEYS = (
     *("model", "device", "dtype", "data", "task", "text-column", "label-column", "labels", "eval-split"),
-    *("max-examples", "eval-examples"),
+    *("max-examples", "eval-examples", "quantize", "recompute", "checkpointing", "cuda-graphs", "accumulate"),
+    "start",
 )
 
 
@@ -49,6 +50,13 @@ class Answer:
     metrics: Mapping[str, int | float] = field(default_factory=dict)
     text: str = ""
     error: str = ""
+
+
+def lone_config(run: Mapping[str, Scalar], own: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """The config of a site of its own: one client, which fails by itself if at all, and no file that the
+    server names."""
+    alone: dict[str, Scalar] = {"clients": 1, "partition": "iid", "cohort": 1, "dropout": 0.0}
+    return {**run, **own, **alone, "stragglers": 0.0, "start": own.get("start", "")}
 
 
 def of_lone_site(question: Question) -> Question:

@@ -18,8 +18,7 @@ import torch
 from fl_client.assembly import Texts, assemble
 from fl_client.base import Base
 from fl_client.discreet import described_for_server
-from fl_client.opening import load_parts
-from fl_client.questions import Answer, Question, Scalar, of_lone_site
+from fl_client.questions import Answer, Question, Scalar, lone_config, of_lone_site
 from fl_client.serve import answer
 from fl_client.settings import SiteSettings
 from fl_client.site import OnStep, Site
@@ -124,9 +123,7 @@ class Resident:
                     f"{name}: this site was started with {ours!r:.80}, the run says {theirs!r:.80}; "
                     "agree on one"
                 )
-        alone: dict[str, Scalar] = {"start": self.own.get("start", "")}  # a server names no file here
-        alone |= {"clients": 1, "partition": "iid", "cohort": 1, "dropout": 0.0, "stragglers": 0.0}
-        settings = SiteSettings.from_run_config({**run, **self.own, **alone})
+        settings = SiteSettings.from_run_config(lone_config(run, self.own))
         return self._budget.settings(replace(settings, state=str(self._state / "memory")))
 
     def _site_for(self, settings: SiteSettings) -> Site:
@@ -154,6 +151,8 @@ class Resident:
         if self._parts is None or not _same_parts(settings, self._settings):
             self._site = self._parts = None  # make room first
             started = time.monotonic()
+            from fl_client.opening import load_parts  # needs the data libraries
+
             self._parts = load_parts(settings)
             self._settings = settings
             self.bases_loaded += 1

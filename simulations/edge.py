@@ -65,6 +65,9 @@ def trainer(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Replay steps: faster where batches are small.")
     ] = False,
+    accumulate: Annotated[
+        int, typer.Option(min=0, help="Pieces that a step's texts are passed in; 0 leaves it to the run.")
+    ] = 0,
     start: Annotated[
         str, typer.Option(help="Adapter that the run goes on from: the same files as the server's.")
     ] = "",

@@ -35,7 +35,8 @@ __all__ = [
 
 GIB = 1 << 30
 NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
-QUANTISED = {"none": 0.0, "8bit": 1.0, "4bit": 0.5 + 4 / 64}  # bytes a weight; nf4 has a float32 for every 64
+# Bytes a weight. NF4 has a constant of one byte for every 64, and a float32 for every 256 of these.
+QUANTISED = {"none": 0.0, "8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
 CONTEXT = 0.6 * GIB  # CUDA's own, which PyTorch does not count
 SLACK = 0.05  # of the rest: what the allocator cannot use
 KEEPING = ((False, False), (True, False), (False, True))  # recompute, checkpointing; from fast to slow
@@ -75,7 +76,8 @@ class Training:
         rows, length: texts of a step, tokens of each.
         dtype: of the base and its activations.
         quantize: none, 8bit or 4bit: how the base's linear layers lie in memory.
-        recompute: make inputs of adapted layers anew where that is cheap.
+        fused_norms: whether norms are one kernel each, as on a GPU unless told otherwise.
+        recompute: make inputs of adapted layers anew where that is cheap; not of quantised layers.
         checkpointing: keep one input a layer, and compute the layer again for its gradients.
         accumulate: pieces that the texts of a step are passed in, one after another.
     """
@@ -87,6 +89,7 @@ class Training:
     recompute: bool = False
     checkpointing: bool = False
     accumulate: int = 1
+    fused_norms: bool = True
 
     def __post_init__(self) -> None:
         raise_faults("memory plan", self._faults())
@@ -150,11 +153,11 @@ def base_shape(model: nn.Module) -> BaseShape:
     each = getattr(config, "head_dim", None) or hidden // heads
     linears = find_linears(model)
     sizes = [linear.in_features * linear.out_features for linear in linears]
-    total = sum(parameter.numel() for parameter in model.parameters())
+    weights = {f"{linear.name}.weight" for linear in linears}  # their number is not that of packed ones
     names = {linear.name.rsplit(".", 1)[-1] for linear in linears}
     return BaseShape(
         linear=sum(sizes),
-        other=total - sum(sizes),
+        other=sum(parameter.numel() for name, parameter in model.named_parameters() if name not in weights),
         largest=max(sizes),
         layers=layers,
         hidden=hidden,
@@ -170,7 +173,8 @@ def predicted_memory(shape: BaseShape, blueprint: Blueprint, training: Training,
     """The memory of one cohort's local steps."""
     number = NUMBER[training.dtype]
     weight = QUANTISED[training.quantize] or number
-    layer = kept_of_layer(shape, number, training.recompute)
+    recompute = training.recompute and training.quantize == "none"
+    layer = kept_of_layer(shape, number, recompute, fused_norms=training.fused_norms)
     passing = _gradients_of_layer(shape, number) + (layer if training.checkpointing else 0)
     unpacked = number * shape.largest if training.quantize != "none" else 0.0
     tokens = clients * training.tokens
@@ -195,6 +199,8 @@ def fitting_settings(
         raise_faults("memory plan", [f"--device-memory is {device_gib:g}, expected GiB above 0"])
     found = []
     for quantize, (recompute, checkpointing) in product(QUANTISED, KEEPING):
+        if recompute and quantize != "none":
+            continue
         for pieces in _pieces(rows):
             training = Training(rows, length, "bfloat16", quantize, recompute, checkpointing, pieces)
             memory = predicted_memory(shape, blueprint, training)
@@ -217,20 +223,21 @@ def _pieces(rows: int) -> list[int]:
     return [*doubled, rows]
 
 
-def kept_of_layer(shape: BaseShape, number: int, recompute: bool) -> float:
+def kept_of_layer(shape: BaseShape, number: int, recompute: bool, *, fused_norms: bool = True) -> float:
     """Bytes a token that autograd keeps of one layer, at `number` bytes a number.
 
-    Attention: the input of its layers (d); q, k, v and the result (2q + 2k), the result again for the output
-    layer (q). Gated MLP: its input (d), gate, act(gate), up and their product (4i); each of two norms keeps
-    its input in float32. Plain MLP: its input (d), up and act(up) (2i); each norm keeps its input (d).
+    Attention: the input of its layers (d); q, k, v and the result (2q + 2k). Gated MLP: its input (d), gate,
+    act(gate), up and their product (4i). Plain MLP: its input (d), up and act(up) (2i). Each of two norms
+    keeps its input (d), in float32 where a Llama's is not fused.
 
     `recompute` makes anew both inputs that come out of a norm (2d), and that of the last layer (i).
     """
-    numbers = 2 * shape.hidden + 3 * shape.queries + 2 * shape.keys
-    numbers += 4 * shape.inner if shape.gated else 2 * shape.inner + 2 * shape.hidden
+    numbers = 2 * shape.hidden + 2 * shape.queries + 2 * shape.keys
+    numbers += (4 if shape.gated else 2) * shape.inner
     if recompute:
         numbers -= 2 * shape.hidden + shape.inner
-    return number * numbers + (2 * 4 * shape.hidden if shape.gated else 0)
+    norm = 4 if shape.gated and not fused_norms else number
+    return number * numbers + 2 * norm * shape.hidden
 
 
 def _gradients_of_layer(shape: BaseShape, number: int) -> float:

@@ -6,10 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fl_client.discreet import reason_for_server
-from fl_client.questions import Question
+from fl_client.questions import Question, Scalar
 from fl_client.resident import Budget, Resident
 from fl_server.aggregate import aggregate
 from tests.conftest import full_disk
@@ -182,3 +183,37 @@ def test_labels_ask_for_a_label_column(tiny_bert: Path, tmp_path: Path):  # noqa
     site = Resident({"model": str(tiny_bert), "data": str(path), "labels": "bad,good"}, tmp_path)
     with pytest.raises(DataError, match=r"found no label column among 'text', 'verdict'; name it with"):
         site.load(RUN)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"checkpointing": True, "accumulate": 2},
+        {"dtype": "bfloat16", "recompute": True},
+        {"dtype": "float16"},
+        {"quantize": "4bit", "checkpointing": True},
+    ],
+    ids=lambda own: "-".join(map(str, own.values())),
+)
+def test_a_small_device_is_the_sites_own_affair(
+    own: dict[str, Scalar],
+    tiny_bert: Path,  # noqa: F811
+    topics: Path,  # noqa: F811
+    tmp_path: Path,
+):
+    """The run does not know: adapter and update are those that other sites have, near enough."""
+    if "quantize" in own:
+        pytest.importorskip("bitsandbytes")
+    named: dict[str, Scalar] = {"model": str(tiny_bert), "data": str(topics)}
+    site, other = Resident({**named, **own}, tmp_path / "own"), Resident(named, tmp_path / "other")
+    told = [json.loads(one.answer(Question(0, "describe"), RUN).text) for one in (site, other)]
+    assert told[0]["blueprint"] == told[1]["blueprint"]
+    blueprint = Blueprint.from_json(told[0]["blueprint"])
+    blob = encode_state(initial_state(blueprint), blueprint)
+    asked = Question(0, "train", blob, {"round": 1, "lr-scale": 1.0})
+    run = {**RUN, "wire": "lossless"}
+    found, expected = (decode_update(one.answer(asked, run).blob, blueprint) for one in (site, other))
+    assert found.examples == expected.examples
+    bank, like = (update.dense["bank"].ravel() for update in (found, expected))
+    least = 0.2 if "quantize" in own else 0.8  # 4 bits make another base of so small a one
+    assert bank @ like > least * np.linalg.norm(bank) * np.linalg.norm(like)
