@@ -114,7 +114,7 @@ def compare(
         typer.Option(
             min=0,
             metavar="INTEGER",
-            help="Runs at a time; 0 is one a core on a CPU, as far as memory goes, else one.",
+            help="Runs at a time; 0 is one on a GPU, and what ends sooner on a CPU.",
             rich_help_panel="Comparison",
         ),
     ] = 0,

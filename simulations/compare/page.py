@@ -190,8 +190,9 @@ def _codec(comparison: Comparison) -> str:
 
 def _machine(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    how = f"{machine['at_once']} runs at a time, {machine['threads']} threads each"
-    return f"{machine['device']}, {how}; {versions}."
+    how = f"runs at a time: {machine['at_once']}, processes of each: {max(1, machine['workers'])}, "
+    how += f"threads of each: {machine['threads']}"
+    return f"{machine['device']}; {how}. {versions}."
 
 
 def _short(name: str) -> str:

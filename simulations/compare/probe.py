@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from simulations.compare.running import PATIENCE, end_processes, start_process
+from simulations.compare.running import PATIENCE, Layout, end_processes, start_process
 from simulations.config import Config
 from vblora.errors import FedVBError, RunError
 
-__all__ = ["Probe", "cores", "look_ahead"]
+__all__ = ["Probe", "cores", "look_ahead", "share_out"]
 
 STEPS = 2  # local steps that are timed
 TEXTS = 64  # held-out texts that are timed
 SHARE = 0.8  # of the free memory that runs may take together
+HELPER, UNEVEN = 5.0, 1.1  # what it takes to have helpers, in seconds, and times an even share of the work
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,45 @@ class Probe:
     round: float
     evaluation: float
 
-    @property
-    def at_once(self) -> int:
-        """Runs at a time: one a core on a CPU where memory allows, else one."""
-        if self.device != "cpu":
-            return 1
-        return max(1, min(cores(), int(SHARE * _free_memory() // max(1, self.memory))))
-
     def seconds(self, rounds: int, eval_every: int) -> float:
         """Of one whole run."""
         return self.load + rounds * self.round + (2 + rounds // eval_every) * self.evaluation
+
+
+def share_out(probe: Probe, runs: int, config: Config, at_once: int = 0) -> tuple[Layout, float]:
+    """How runs share this machine, and about how many seconds they take.
+
+    On a CPU a core trains a run, or all cores train one run after another where that ends sooner: a few runs
+    may leave cores idle at the end. A GPU has one run at a time.
+
+    Args:
+        probe: what a run takes.
+        runs: how many.
+        config: of one of them; its `workers` are kept, if there are any.
+        at_once: runs at a time, if that was asked for.
+    """
+    run = probe.seconds(int(config["rounds"]), int(config["eval-every"]))
+    workers = int(config["workers"])
+    if probe.device != "cpu":
+        side = at_once or 1
+        return Layout(side, workers, max(1, cores() // side)), -(-runs // side) * run
+    processes = max(1, min(cores(), int(SHARE * _free_memory() // max(1, probe.memory))))
+    together = min(processes, int(config["clients-per-round"]))
+    if at_once or workers:
+        workers = workers or max(1, together // at_once)
+        at_once = at_once or max(1, processes // workers)
+    elif runs * _helped(run, together) < -(-runs // processes) * run:
+        at_once, workers = 1, together
+    else:
+        at_once, workers = processes, 1
+    at_once = min(at_once, runs)
+    took = run if workers == 1 else _helped(run, workers)
+    return Layout(at_once, workers, max(1, cores() // (at_once * workers))), -(-runs // at_once) * took
+
+
+def _helped(run: float, workers: int) -> float:
+    """Seconds of a run that so many processes share."""
+    return HELPER + UNEVEN * run / workers
 
 
 def cores() -> int:
@@ -59,14 +89,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def look_ahead(configs: Sequence[Config], threads: int) -> Probe:
+def look_ahead(configs: Sequence[Config]) -> Probe:
     """Check the configs of the contenders, open the first, see that the others' adapters fit its model, and
-    time a few steps; in a process of its own.
+    time a few steps on one core; in a process of its own.
 
     Raises:
         FedVBError: whatever would keep one of them from starting.
     """
-    process, connection = start_process(_probe, configs, threads)
+    process, connection = start_process(_probe, configs)
     try:
         found: Probe | BaseException = connection.recv()
     except (EOFError, OSError) as error:
@@ -80,16 +110,16 @@ def look_ahead(configs: Sequence[Config], threads: int) -> Probe:
     return found
 
 
-def _probe(configs: Sequence[Config], threads: int, connection: Connection) -> None:
+def _probe(configs: Sequence[Config], connection: Connection) -> None:
     try:
-        connection.send(_look(configs, threads))
+        connection.send(_look(configs))
     except FedVBError as error:
         connection.send(error)
     except Exception:
         connection.send(RunError(f"compare: looking ahead failed: {traceback.format_exc(limit=-3)}"))
 
 
-def _look(configs: Sequence[Config], threads: int) -> Probe:
+def _look(configs: Sequence[Config]) -> Probe:
     started = time.monotonic()
     import torch
 
@@ -100,7 +130,7 @@ def _look(configs: Sequence[Config], threads: int) -> Probe:
     from vblora.spec import Blueprint
     from vblora.wire import initial
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     settings = [check_config(config)[0] for config in configs]
     site = open_site(settings[0])
     blueprint = site.blueprint

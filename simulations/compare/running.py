@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -29,6 +29,7 @@ from vblora.files import write_atomic
 __all__ = [
     "MEASURED",
     "Failure",
+    "Layout",
     "Watcher",
     "check_existing",
     "end_processes",
@@ -44,6 +45,21 @@ PRELOADED = [  # what every run imports
     *("transformers.modeling_utils", "matplotlib.figure"),
 ]
 PATIENCE = 5.0  # for a process to end
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How runs share a machine.
+
+    Attributes:
+        at_once: runs at a time.
+        workers: processes of each, as `--workers`.
+        threads: of each process.
+    """
+
+    at_once: int
+    workers: int
+    threads: int
 
 
 class Watcher(Protocol):
@@ -91,8 +107,8 @@ def check_existing(runs: Sequence[Planned]) -> None:
                 )
 
 
-def run_all(runs: Sequence[Planned], at_once: int, threads: int, watcher: Watcher) -> list[Failure]:
-    """Finish runs, `at_once` at a time with `threads` threads each; those that are finished are left alone.
+def run_all(runs: Sequence[Planned], layout: Layout, watcher: Watcher) -> list[Failure]:
+    """Finish runs; those that are finished are left alone.
 
     Returns:
         The runs that could not be finished; the others go on.
@@ -105,9 +121,9 @@ def run_all(runs: Sequence[Planned], at_once: int, threads: int, watcher: Watche
     failures = []
     try:
         while waiting or active:
-            while waiting and len(active) < at_once:
+            while waiting and len(active) < layout.at_once:
                 run = waiting.popleft()
-                process, connection = start_process(_train, run.config, threads, at_once)
+                process, connection = start_process(_train, run.config, layout)
                 active[connection] = run, process
                 watcher.run_started(run)
             ready = wait(list(active), timeout=POLL)
@@ -169,24 +185,24 @@ def _received(connection: Connection) -> int | str:
     return told
 
 
-def _train(config: Config, threads: int, at_once: int, connection: Connection) -> None:
-    """The life of a process: one run."""
+def _train(config: Config, layout: Layout, connection: Connection) -> None:
+    """The life of a process: one run. One that was begun goes on with as many helpers, for the same bits."""
     import torch
 
     from simulations.simulate import simulate
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(layout.threads)
     out, teller = Path(str(config["out"])), _Teller(connection)
     begun = (out / "history.jsonl").is_file()
+    workers = read_config(out)["workers"] if begun else layout.workers
     try:
         if not (out / "summary.json").is_file():
-            simulate({**config, "resume": begun}, teller, teller.on_step)
+            simulate({**config, "workers": workers, "resume": begun}, teller, teller.on_step)
         measured = {
             "memory": teller.memory.peak,
             "gpu": teller.memory.gpu_peak,
             "device": torch.cuda.get_device_name() if teller.memory.gpu_peak else "CPU",
-            "threads": threads,
-            "at_once": at_once,
+            **asdict(layout),
         }
         write_atomic(out / MEASURED, json.dumps(measured) + "\n")
         connection.send("")

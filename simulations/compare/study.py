@@ -13,10 +13,10 @@ from rich.console import Console
 
 from fl_server.plot import read_history
 from simulations.compare.board import Board
-from simulations.compare.probe import Probe, cores, look_ahead
+from simulations.compare.probe import Probe, look_ahead, share_out
 from simulations.compare.protocol import GRID, Planned, Protocol
 from simulations.compare.results import Comparison, Result, compared, result_of, trace
-from simulations.compare.running import MEASURED, check_existing, is_finished, run_all
+from simulations.compare.running import MEASURED, Layout, check_existing, is_finished, run_all
 from simulations.config import check_config
 from simulations.units import duration
 from vblora.errors import RunError
@@ -47,7 +47,7 @@ class Outcome:
         protocol: what was asked for.
         trials: of each contender; one of each, without scores, where the rates were taken as they are.
         comparison: of the final runs.
-        machine: device, cores, threads and runs at a time, of the first run; versions.
+        machine: device and layout of the first run; versions.
     """
 
     protocol: Protocol
@@ -62,7 +62,7 @@ def compare(protocol: Protocol, console: Console, at_once: int = 0) -> Outcome:
     Args:
         protocol: see there.
         console: told the plan before it starts, and each run.
-        at_once: runs at a time; 0 is one a core on a CPU, as far as memory goes, else one.
+        at_once: runs at a time; 0 leaves it to `share_out`.
 
     Raises:
         FedVBError: a config cannot work, what lies there is another comparison, or a run of the comparison
@@ -95,25 +95,28 @@ def _train(
     """Look ahead, tell what is to come, and finish all runs; gives the rates that were tried."""
     configs = [{**protocol.base, **contender.keys} for contender in protocol.contenders.values()]
     with console.status("loading data and model, timing a few steps"):
-        probe = look_ahead(configs, max(1, cores() // (at_once or cores())))
-    at_once = min(left, at_once or probe.at_once)
-    threads = max(1, cores() // at_once)
-    rounds, every = int(protocol.base["rounds"]), int(protocol.base["eval-every"])
-    seconds = -(-left // at_once) * probe.seconds(rounds, every)
-    _tell(console, protocol, probe, len(tuning), left, at_once, seconds)
+        probe = look_ahead(configs)
+    layout, seconds = share_out(probe, left, protocol.base, at_once)
+    _tell(console, protocol, probe, len(tuning), left, layout, seconds)
     with Board(console, left, seconds) as board:
-        lost = {failure.run for failure in run_all(tuning, at_once, threads, board)}
+        lost = {failure.run for failure in run_all(tuning, layout, board)}
         trials = _trials(protocol, [run for run in tuning if run not in lost])
         final = protocol.final_runs(_rates(trials))
         check_existing(final)
-        if failures := run_all(final, at_once, threads, board):
+        if failures := run_all(final, layout, board):
             told = "; ".join(f"{failure.run.label}: {failure.reason}" for failure in failures)
             raise RunError(f"compare: {len(failures)} of {len(final)} runs could not be finished: {told}")
     return trials
 
 
 def _tell(
-    console: Console, protocol: Protocol, probe: Probe, tuning: int, left: int, at_once: int, seconds: float
+    console: Console,
+    protocol: Protocol,
+    probe: Probe,
+    tuning: int,
+    left: int,
+    layout: Layout,
+    seconds: float,
 ) -> None:
     """What is about to happen."""
     names = list(protocol.contenders)
@@ -124,12 +127,13 @@ def _tell(
         rates = f"{tuning} runs try {len(GRID)} of each on a part of the training texts, then one is kept"
     all_runs = tuning + len(names) * protocol.seeds
     there = f", {all_runs - left} of {all_runs} are there" if left < all_runs else ""
+    how = f"{layout.at_once} at a time"
+    how += f", {layout.workers} processes each" if layout.workers > 1 else ""
     facts = {
         **probe.facts,
         "compare": f"{', '.join(names)}; {seeds}",
         "rates": rates,
-        "work": f"{left} runs of {protocol.base['rounds']} rounds{there}; {at_once} at a time: about "
-        f"{duration(seconds)}",
+        "work": f"{left} runs of {protocol.base['rounds']} rounds{there}; {how}: about {duration(seconds)}",
         "out": str(protocol.out),
     }
     for name, fact in facts.items():

@@ -60,5 +60,5 @@ def made_outcome(out: Path, tune: int = 1) -> Outcome:
         )
         for name, contender in named.items()
     }
-    machine = {"device": "CPU", "threads": 1, "at_once": 2, "versions": {"torch": "2.13.0"}}
+    machine = {"device": "CPU", "threads": 1, "at_once": 2, "workers": 1, "versions": {"torch": "2.13.0"}}
     return Outcome(protocol, trials, made_comparison(), machine)

@@ -26,7 +26,7 @@ def short(tiny_bert: Path, topics: Path) -> list[str]:
     """Options of runs of two rounds."""
     return [
         *("--model", str(tiny_bert), "--data", str(topics), "--clients", "4", "--clients-per-round", "2"),
-        *("--rounds", "2", "--local-steps", "2", "--batch-size", "4"),
+        *("--rounds", "2", "--local-steps", "2", "--batch-size", "4", "--workers", "1"),
     ]
 
 

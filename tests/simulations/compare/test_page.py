@@ -75,7 +75,7 @@ def test_the_report_tells_verdict_protocol_and_rates(report: str):
         "seed 1000",
         "broke off",
         "0.016, at the edge",
-        "CPU, 2 runs at a time, 1 threads each; torch 2.13.0.",
+        "CPU; runs at a time: 2, processes of each: 1, threads of each: 1. torch 2.13.0.",
     ):
         assert told in report
     assert "<b>" not in report
