@@ -45,7 +45,7 @@ def test_the_corpus():
 def test_ten_minutes_of_fuzzing(tmp_path: Path):
     if find_spec("atheris") is None:
         pytest.skip("atheris is not installed: it has no wheel for this Python or machine")
-    options = [f"-max_total_time={SECONDS}", f"-timeout={TOO_LONG}", "-rss_limit_mb=1024", "-max_len=8192"]
+    options = [f"-max_total_time={SECONDS}", f"-timeout={TOO_LONG}", "-rss_limit_mb=2048", "-max_len=8192"]
     (tmp_path / "found").mkdir()
     done = subprocess.run(
         [sys.executable, "-m", "tests.vblora.run_fuzz", tmp_path / "found", CORPUS, *options],
