@@ -37,7 +37,7 @@ __all__ = ["Answers", "app", "handle"]
 
 Answers = Callable[[Sequence[Question]], Iterable[Answer]]
 
-ONE_OBJECT = 1 << 20  # bytes of a blob that travels in one piece
+ONE_OBJECT = 1 << 20  # bytes of a blob that travels with the text; the chunks of a larger one side by side
 CLIENT_APP_RAISED = 2  # flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 SPARE, LEAST_SPARE = 0.1, 15.0  # share and seconds of the server's patience that are kept to send the answer
 
@@ -206,9 +206,13 @@ def _question(client: int, message: Message) -> Question:
 def _reply(message: Message, name: str, found: Answer) -> Message:
     if found.error:
         return Message(Error(CLIENT_APP_RAISED, found.error), reply_to=message)
-    content = RecordDict({"text": ConfigRecord({**found.metrics, "text": found.text, "client": name})})
-    if found.blob:
-        content["blob"] = _blob_record(found.blob)
+    told = ConfigRecord({**found.metrics, "text": found.text, "client": name})
+    content = RecordDict({"text": told})
+    if 0 < len(found.blob) <= ONE_OBJECT:
+        told["blob"] = found.blob
+    if len(found.blob) > ONE_OBJECT:
+        blob = Array("uint8", (len(found.blob),), "fedvb", found.blob)
+        content["blob"] = ArrayRecord({"blob": blob})
     return Message(content, reply_to=message)
 
 
@@ -217,11 +221,3 @@ def _blob(content: RecordDict) -> bytes:
     if isinstance(record, ArrayRecord):
         return record["blob"].data
     return bytes(record["blob"]) if isinstance(record, ConfigRecord) else b""  # type: ignore[arg-type]
-
-
-def _blob_record(blob: bytes) -> ArrayRecord | ConfigRecord:
-    """A blob as Flower's record: a small one as one object, for each costs a kilobyte of headers; a large one
-    as an Array, whose chunks travel side by side."""
-    if len(blob) <= ONE_OBJECT:
-        return ConfigRecord({"blob": blob})
-    return ArrayRecord({"blob": Array("uint8", (len(blob),), "fedvb", blob)})

@@ -108,7 +108,7 @@ def test_without_a_trainer_the_site_trains_in_this_process(alone: dict[str, Any]
     reply = ask("train", alone, run, blob=blob, config=config)
     assert reply.content["text"]["steps"] == 2
     assert reply.content["text"]["client"] == "clinic"
-    assert (tmp_path / "memory" / "a" / "sent" / "0.blob").read_bytes() == reply.content["blob"]["blob"]
+    assert (tmp_path / "memory" / "a" / "sent" / "0.blob").read_bytes() == reply.content["text"]["blob"]
 
 
 def test_what_fails_without_a_trainer_is_told_discreetly(
