@@ -155,7 +155,7 @@ def _rates_text(protocol: Protocol) -> str:
     return (
         f"Chosen for each adapter alike: {grid} times its default rate, each trained to the end on nine "
         f"tenths of the training texts and scored on the rest ({seeds}). What the tables above are scored on "
-        "took no part."
+        "took no part. The task head's rate is the same for all."
     )
 
 

@@ -96,13 +96,16 @@ def verdict(comparison: Comparison) -> list[str]:
 
 
 def _cheapest(comparison: Comparison) -> list[str]:
-    """Who comes to the target with the fewest bytes; who after, and who not. The baseline always does."""
+    """Who comes to the target with the fewest bytes; who after, and who not. The baseline always does, where
+    its evaluations were kept."""
     goal = f"{TARGET:.0%} of {comparison.baseline}'s {comparison.metric}"
     took = {
         row.name: found
         for row in comparison.rows
         if (found := row.targets[TARGET]).n and found.median is not None
     }
+    if not took:
+        return []
     first, *others = sorted(took, key=lambda name: took[name].median or 0)
     told = [f"{first} came to {goal} with the fewest bytes: {_reached(took[first])}."]
     if others:
@@ -120,9 +123,8 @@ def _one(row: Row, comparison: Comparison) -> str:
         told += f", {difference(found, comparison.metric)}{unit} against {comparison.baseline}"
         if found.low is not None:
             better = (found.mean > 0) == comparison.higher_is_better
-            told += (
-                (", better" if better else ", worse") if found.shows_difference else ", no difference shown"
-            )
+            shown = ", better" if better else ", worse"
+            told += shown if found.shows_difference else ", no difference shown"
     told += f"; {_part(row.fewer)} its bytes"
     coded = [other for other in comparison.rows if f"{other.name}{FLOAT32}" == comparison.baseline]
     if coded and coded[0] is not row:

@@ -98,6 +98,16 @@ def test_the_best_lora_is_the_baseline():
     assert comparisons([]) == []
 
 
+def test_results_without_evaluations_have_scores_at_least():
+    """As studies left them before curves were kept."""
+    found = [
+        {key: value for key, value in one.items() if key not in ("curve", "sections")} for one in study()[:8]
+    ]
+    shown = tables(found)
+    assert "| vblora:256 lr-bank=0.01 | 0.7900 ± 0.0000 |" in shown
+    assert "not reached" in shown
+
+
 def test_tables_of_what_a_study_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "a.json").write_text(json.dumps([*study()[:8], {"config": {}, "error": "out of memory"}]))
     (tmp_path / "b.json").write_text(json.dumps(study()[8:]))
