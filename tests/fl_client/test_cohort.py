@@ -24,6 +24,7 @@ from simulations.direct import DirectExchange
 from tests.fl_client.sites import make_site
 from tests.fl_server.fakes import make_settings, read_history
 from vblora.files import load_state
+from vblora.rounding import WIRES
 from vblora.state import State
 
 CPU = torch.device("cpu")
@@ -186,24 +187,29 @@ def test_clients_that_drop_out_have_no_work():
 # --- Cohorts change no result --------------------------------------------------------
 
 
-def run(site: Site, out: Path, reverse: bool = False) -> State:
+def run(site: Site, out: Path, reverse: bool = False, wire: str = "default") -> State:
     """Three rounds in which all eight clients take part."""
+    site = replace(site, settings=replace(site.settings, wire=WIRES[wire]))
 
     def answers(questions: Sequence[Question]) -> list[Answer]:
         found = list(answer(site, questions[::-1] if reverse else questions))
         return found[::-1] if reverse else found
 
     options = {"rounds": 3, "clients": 8, "clients_per_round": 8, "eval_every": 3}
-    run_rounds(DirectExchange(answers, 8), make_settings(out, **options))
+    run_rounds(DirectExchange(answers, 8), make_settings(out, wire=WIRES[wire], **options))
     return load_state(out / "adapter" / "adapter.safetensors")[0]
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_eight_uneven_clients_in_cohorts_of_any_size_give_one_state(family, tmp_path):
-    """In float64, where only the order of sums differs: see `tests.fl_client.test_train.make_model`."""
+    """In float64, where only the order of sums differs: see `tests.fl_client.test_train.make_model`.
+
+    Lossless: a number between two steps of the wire's grid may be rounded to either.
+    """
     site = make_site(8, family=family, stragglers=0.4)
     states = {
-        size: run(replace(site, sizer=CohortSizer(CPU, size)), tmp_path / str(size)) for size in (1, 3, 8, 0)
+        size: run(replace(site, sizer=CohortSizer(CPU, size)), tmp_path / str(size), wire="lossless")
+        for size in (1, 3, 8, 0)
     }
     for size in (3, 8, 0):
         for name, expected in states[1].dense.items():
