@@ -95,7 +95,8 @@ def tried(way: Way, steps: int, device: torch.device) -> Sample | None:
     found = None
     with suppress(torch.OutOfMemoryError):
         found = way.run(steps)
-    gc.collect()
+    if found is None:
+        gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return found
