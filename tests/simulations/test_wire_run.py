@@ -182,20 +182,21 @@ def test_the_reference_of_a_server_is_what_it_has_sent(tmp_path: Path):
 
 # --- The options, on the command line ----------------------------------------------------------------
 
-OPTIONS: dict[str, list[str]] = {
-    "default": [],
-    "lossless": ["--wire", "lossless"],
-    "smallest": ["--wire", "smallest"],
-    "up": ["--wire-up-bits", "8"],
-    "bfloat16": ["--wire-up-bits", "16"],
-    "head": ["--wire-head-bits", "2"],
-    "gaps": ["--wire-gap-bits", "1"],
-    "exact gaps": ["--wire-gap-bits", "32"],
-    "down": ["--wire-down-bits", "8"],
-    "keep": ["--wire-keep", "0.1"],
-    "feedback": ["--wire-feedback", "on"],
-    "chance": ["--wire-stochastic", "on"],
-    "trellis": ["--wire-trellis", "on"],
+# What is given, which bytes it concerns, and whether there are more of them (1), fewer (-1) or merely others.
+OPTIONS: dict[str, tuple[list[str], str, int]] = {
+    "default": ([], "bank", 0),
+    "lossless": (["--wire", "lossless"], "bank", 1),
+    "smallest": (["--wire", "smallest"], "bank", -1),
+    "up": (["--wire-up-bits", "8"], "bank", 1),
+    "bfloat16": (["--wire-up-bits", "16"], "bank", 1),
+    "head": (["--wire-head-bits", "2"], "head", -1),
+    "gaps": (["--wire-gap-bits", "1"], "selection", -1),
+    "exact gaps": (["--wire-gap-bits", "32"], "selection", 1),
+    "down": (["--wire-down-bits", "8"], "down", 1),
+    "keep": (["--wire-keep", "0.1"], "bank", -1),
+    "feedback": (["--wire-feedback", "on"], "bank", 0),
+    "chance": (["--wire-stochastic", "on"], "bank", 0),
+    "trellis": (["--wire-trellis", "on"], "bank", 0),
 }
 
 
@@ -221,35 +222,32 @@ class Scale:
 
 
 @pytest.fixture(scope="module")
-def weighed() -> dict[str, tuple[float, float, str]]:
-    """Bytes up and down of each option, and where the run came to."""
+def weighed() -> dict[str, dict[str, Any]]:
+    """Bytes of each option by section, those of states, and where the run came to."""
     return {}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_changes_the_bytes_and_the_summary_tells_them(
     name: str,
-    weighed: dict[str, tuple[float, float, str]],
+    weighed: dict[str, dict[str, Any]],
     fedvb: Run,
     small: list[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ):
+    options, concerned, sign = OPTIONS[name]
     scale = Scale(monkeypatch)
-    shown = fedvb("simulate", *small, *OPTIONS[name], "--out", "run")
+    shown = fedvb("simulate", *small, *options, "--out", "run")
     assert shown.code == 0, shown.err
     told, records = read_summary(tmp_path / "run")["bytes"], read_history(tmp_path / "run")
     assert sum(record["bytes"]["up"] for record in records) == scale.up
     assert sum(record["bytes"]["down"] + record["bytes"]["evaluate"] for record in records) == scale.down
     assert told["up_per_client_round"] == pytest.approx(scale.up / 6, abs=1)
-    found = (scale.up, scale.down, records[-1]["digest"])
+    found: dict[str, Any] = {"digest": records[-1]["digest"], "down": scale.down}
+    for section in ("bank", "head", "selection"):
+        found[section] = sum(record["bytes"]["up_sections"].get(section, 0) for record in records[1:])
     assert found not in weighed.values()
     weighed[name] = found
-    if "default" not in weighed or name == "default":
-        return
-    up, down = (found[at] - weighed["default"][at] for at in (0, 1))
-    larger = {"lossless", "up", "bfloat16", "exact gaps"}
-    if name in larger or name in ("smallest", "head", "gaps", "keep"):
-        assert (up > 0) == (name in larger)
-    if name in ("lossless", "down", "smallest"):
-        assert (down > 0) == (name != "smallest")
+    if sign and "default" in weighed:
+        assert sign * (found[concerned] - weighed["default"][concerned]) > 0
