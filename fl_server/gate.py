@@ -17,7 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
 
 from vblora.errors import raise_faults
@@ -124,12 +124,10 @@ class Gate:
 
     def _is_operator(self, scope: Scope) -> bool:
         """Whether a call comes from this machine, under any of its addresses, or from an operator's."""
-        try:
-            peer = ip_address(scope["client"][0])
-        except (TypeError, ValueError):  # no address, or a name
+        peer, here = (_address(scope.get(end)) for end in ("client", "server"))
+        if peer is None:
             return False
-        here = scope.get("server") or ("",)
-        return peer.is_loopback or str(peer) == here[0] or any(peer in known for known in self._operators)
+        return peer.is_loopback or peer == here or any(peer in known for known in self._operators)
 
     async def _node(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request of a node on, once it is known to be no larger and no more frequent than allowed."""
@@ -195,6 +193,16 @@ class Gate:
         headers += [(b"connection", b"close")] + ([(b"retry-after", b"10")] if code == 503 else [])
         await send({"type": "http.response.start", "status": code, "headers": headers})
         await send({"type": "http.response.body", "body": content})
+
+
+def _address(end: Sequence[Any] | None) -> IPv4Address | IPv6Address | None:
+    """The address of one end of a connection; None where it has none, or a name."""
+    try:
+        found = ip_address((end or ("",))[0])
+    except ValueError:
+        return None
+    # A socket that listens for both shows IPv4 callers as ::ffff:10.0.0.9.
+    return (found.ipv4_mapped or found) if isinstance(found, IPv6Address) else found
 
 
 def _declared(scope: Scope) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ def run_superlink(arguments: Sequence[str], settings: GateSettings) -> None:
     from flwr.superlink.cli import flower_superlink
     from starlette.middleware import Middleware
 
+    # Whose word uvicorn would take for where a call comes from: then anyone's could be this machine.
+    os.environ.pop("FORWARDED_ALLOW_IPS", None)
     others = extensions.get_middleware
 
     def with_gate() -> tuple[Middleware, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from fl_client import thin, trainer
 from fl_client.questions import Answer, Question, Scalar
@@ -119,6 +120,19 @@ def test_its_status_is_told_while_it_trains(socket: Path, resident: FakeResident
     asking.join()
     status = trainer_status(socket)
     assert (status.busy, status.answered, status.gpu_bytes) == ("", 1, 0)
+
+
+def test_gpu_memory_is_told(
+    socket: Path, resident: FakeResident, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    resident.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 << 30)
+    caplog.set_level("INFO", "fedvb.trainer")
+    ask_trainer(socket, Question(0, "hello"), RUN)
+    status = trainer_status(socket)
+    assert (status.gpu_bytes, status.gpu_peak_bytes) == (3 << 30, 5 << 30)
+    assert "GPU 3.00 GiB, at most 5.00" in caplog.text
 
 
 def test_progress_is_streamed_while_it_trains(socket: Path, resident: FakeResident):

@@ -75,7 +75,7 @@ def test_only_this_machine_starts_runs_and_lets_nodes_in(path: str):
     code, told = server.ask(path)
     assert (code, server.reached) == (403, [])
     assert told == "refused: only the server's own machine may, and who fedvb server --operators names"
-    for peer in ("127.0.0.1", "::1", "10.0.0.1"):
+    for peer in ("127.0.0.1", "::1", "10.0.0.1", "::ffff:127.0.0.1", "::ffff:10.0.0.1"):
         assert server.ask(path, peer) == (200, "")
     assert server.ask(path, "10.0.0.1", here="10.0.0.2")[0] == 403
 
@@ -87,6 +87,7 @@ def test_operators_are_let_in_by_address_and_network():
         200,
         403,
     ]
+    assert server.ask(RUN, "::ffff:192.168.7.30")[0] == 200
     with pytest.raises(ConfigError, match=r"--operators is 'my-laptop'.*; --requests is 0"):
         GateSettings(("my-laptop",), requests=0)
 
