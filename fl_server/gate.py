@@ -187,7 +187,7 @@ class Gate:
     async def _refuse(self, scope: Scope, send: Send, code: int, why: str) -> None:
         """Answer with a code and a sentence that Flower's command line shows; log it once a minute."""
         peer = (scope["client"] or ("unknown",))[0]
-        self._tell(peer, why, f"refused {scope['path'][:80]} from {peer}: {why}")
+        self._tell(peer, str(code), f"refused {scope['path'][:80]!a} from {peer}: {why}")
         content = json.dumps({"detail": f"refused: {why}"}).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         headers += [(b"connection", b"close")] + ([(b"retry-after", b"10")] if code == 503 else [])
@@ -209,7 +209,7 @@ def _declared(scope: Scope) -> int:
     """Content-Length; 0 without one."""
     for name, value in scope["headers"]:
         if name == b"content-length":
-            return int(value) if value.isdigit() else MOST_BYTES + 1
+            return int(value) if value.isdigit() and len(value) < 20 else MOST_BYTES + 1
     return 0
 
 

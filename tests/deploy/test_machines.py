@@ -67,4 +67,4 @@ def test_a_round_and_a_stranger(machines: dict[str, list[str]], folder: Path, mi
         assert refused in " ".join(told.replace("│", " ").split())
         told = federation.flwr("supernode", "list", CONNECTION, "--format", "json")
         assert told.count('"node-id"') == 1
-        assert f"refused /v1/control/register-node from {ADDRESS[SITE]}" in federation.log("server")
+        assert f"refused '/v1/control/register-node' from {ADDRESS[SITE]}" in federation.log("server")

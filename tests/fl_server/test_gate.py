@@ -102,7 +102,7 @@ def test_a_declared_length_of_10_gb_is_refused_unread():
     server = Server()
     code, told = server.ask(NODE, body=(bytes(10),), declared=10**10)
     assert (code, told) == (413, f"refused: 10000000000 bytes, expected {MOST_BYTES} at most")
-    assert server.ask(NODE, declared="ten")[0] == 413
+    assert server.ask(NODE, declared="ten")[0] == server.ask(NODE, declared="9" * 5000)[0] == 413
     assert server.reached == []
 
 
@@ -137,7 +137,10 @@ def test_a_refusal_is_logged_once_a_minute(caplog: pytest.LogCaptureFixture):
     server.now += 61
     server.ask(RUN)
     assert len(caplog.messages) == 2
-    assert caplog.messages[0].startswith("refused /v1/control/start-run from 10.0.0.9: only the server's own")
+    assert caplog.messages[0].startswith("refused '/v1/control/start-run' from 10.0.0.9: only the server's")
+    server.now += 61
+    server.ask("/x\nforged line")
+    assert "\n" not in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(
