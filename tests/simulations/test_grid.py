@@ -48,9 +48,18 @@ def fake_client_app() -> ClientApp:
 
 
 def run_config(out: Path, **options: Any) -> dict[str, Any]:
-    names = ("rounds", "clients", "clients_per_round", "seed", "eval_every", "wait_seconds", "resume")
+    names = {
+        "rounds",
+        "clients",
+        "clients_per_round",
+        "seed",
+        "eval_every",
+        "wait_seconds",
+        "resume",
+        *options,
+    }
     settings = make_settings(out, **options)
-    return {"out": str(out)} | {name.replace("_", "-"): getattr(settings, name) for name in names}
+    return {"out": str(out)} | {name.replace("_", "-"): getattr(settings, name) for name in sorted(names)}
 
 
 def messages(nodes: Iterable[int], kind: str = "train") -> list[Message]:
@@ -82,6 +91,24 @@ def test_resume_over_a_new_grid(tmp_path: Path):
     run_server_app(app, grid, config | {"resume": True})
     run_rounds(make_exchange(), make_settings(tmp_path / "b"))
     assert read_history(tmp_path / "a") == read_history(tmp_path / "b")
+
+
+def test_a_run_goes_on_without_a_site_that_never_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    def stopping(messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
+        for message, context in zip(messages, contexts, strict=True):
+            if message.content["config"].get("round") == 3:
+                raise KeyboardInterrupt
+            yield answer(message, context)
+
+    config = run_config(tmp_path, wait_seconds=0, quorum=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_server_app(app, InProcessGrid(stopping, 5, config), config)
+    resumed = config | {"resume": True}
+    with pytest.raises(RunError, match="1 of 5 clients came"):
+        run_server_app(app, InProcessGrid(one_by_one(fake_client_app()), 1, config), resumed)
+    run_server_app(app, InProcessGrid(one_by_one(fake_client_app()), 3, config), resumed)
+    assert "3 of 5 clients came within 0 seconds: going on" in caplog.text
+    assert [record["clients"] for record in read_history(tmp_path)] == [0, 3, 3, 3, 3]
 
 
 def test_errors_come_out_of_the_server_app_and_are_logged_once(
