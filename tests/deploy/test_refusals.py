@@ -118,9 +118,7 @@ def out(federation: Federation, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("number", "reason"),
     [
-        pytest.param(
-            1, "checksum does not match; it was truncated or altered on the way", id="truncated blob"
-        ),
+        pytest.param(1, "it was truncated or altered on the way", id="truncated blob"),
         pytest.param(2, "bank holds 1 numbers that are not finite", id="NaN update"),
         pytest.param(3, "declares 10000000000 bytes", id="declared length of 10 GB"),
         pytest.param(4, "trained from version 0", id="replayed old update"),
