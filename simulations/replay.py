@@ -3,8 +3,8 @@
 `recorded.npz` holds rows of a run of MiniLM on SST-2 (the protocol of docs/results.md, lossless): how
 selections and bank vectors changed in an update of round 1 ("first"), in updates of the last third of the
 rounds ("steady"), and from one state to the next in that third ("down"). A replay draws whole rows from
-it, with replacement, so it keeps what a size depends on: how many rows change, how, and how unevenly bank
-vectors move. `python -m simulations.bench.wire --record` makes the file.
+it, with replacement, so it keeps what a size depends on: how many rows change, how, and how unevenly the bank
+vectors of one message move. `python -m simulations.bench.wire --record` makes the file.
 """
 
 from __future__ import annotations

@@ -9,9 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from simulations.bench.learning import prepare
+from simulations.bench.recorder import record
 from simulations.bench.sets import measure_churn, measure_sets
 from simulations.bench.wire import SHAPES, TARGETS, measure, run, shape_blueprint
-from simulations.replay import PHASES, recorded, replayed_update, write_message
+from simulations.replay import PHASES, Rows, recorded, replayed_update, write_message
+from tests.simulations.conftest import small_config
 from tests.vblora.fuzz import declared
 from vblora.rounding import WIRES
 from vblora.spec import Blueprint, Linear, LoRASpec, VBLoRASpec
@@ -52,6 +55,25 @@ def test_sets_are_within_three_percent_of_their_limit():
         for case, sizes in measure_sets(shape_blueprint(name)).items():
             assert sizes["ours"] <= 1.03 * sizes["limit"], (name, case)
             assert sizes["ours"] < min(sizes["packed"], sizes["zlib"], sizes["zstd"] or sizes["zlib"])
+
+
+def test_a_run_is_recorded(tiny_bert, topics, tmp_path):
+    config = small_config(tiny_bert, topics, tmp_path / "run", rounds=6)
+    prepare([config], tmp_path)
+    record(config, tmp_path, tmp_path / "recorded.npz")
+    with np.load(tmp_path / "recorded.npz") as arrays:
+        found = {
+            phase: Rows(**{name: arrays[f"{phase}_{name}"] for name in Rows.__dataclass_fields__})
+            for phase in PHASES
+        }
+    for rows in found.values():
+        assert rows.base.shape == rows.chosen.shape
+        assert len(rows.base) == len(rows.gaps) == len(rows.base_gaps) <= 4096
+        assert rows.bank.shape[1] == 32
+        assert rows.head.shape == (32 * 3 + 3,)
+        assert np.isfinite(rows.bank).all()
+        assert rows.bank.any()
+    assert (found["first"].base == [0, 1]).all(), "from version 0"
 
 
 def test_the_churn_adds_up():
