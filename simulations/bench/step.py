@@ -29,7 +29,7 @@ from fl_client.graphs import Graphs
 from fl_client.passes import Passes
 from simulations.bench.kernels import kernels, waits
 from simulations.bench.shapes import SHAPES, Shape, build, twin
-from simulations.bench.tables import print_table
+from simulations.bench.step_tables import markdown, show
 from simulations.bench.timing import GIB, Sample, Way, describe_machine, tried
 from simulations.bench.ways import (
     Run,
@@ -101,7 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", action="append", choices=TOKENS, help="this alone; can be repeated")
     parser.add_argument("--tokens", action="append", help="texts x tokens of a step; can be repeated")
     parser.add_argument("--repeats", type=int, default=3, help="repetitions in turn; medians are shown")
+    parser.add_argument("--table", type=Path, help="print what such a file holds as Markdown, and end")
     given = parser.parse_args(arguments)
+    if given.table is not None:
+        print(markdown(json.loads(given.table.read_text())))
+        return
     run(given.shape, given.tokens, given.json, given.repeats)
 
 
@@ -126,7 +130,7 @@ def run(
     for name in shapes or (("llama-2-7b", "llama-2-13b") if device.type == "cuda" else ("minilm",)):
         for table in measure(name, tokens or TOKENS[name], device, repeats):
             found["tables"].append(table)
-            _show(table)
+            show(table)
             if target is not None:
                 target.write_text(json.dumps(found, indent=2) + "\n")
     return found
@@ -295,33 +299,6 @@ def _facts(shape: Shape, base: nn.Module, device: torch.device) -> dict[str, Any
 
 def _bank_gradient(passes: Passes, tensors: dict[str, Tensor], batch: Batch) -> Tensor:
     return passes.gradients(tensors, tensors, [batch], 1)[1]["bank"]
-
-
-# --- What is shown -------------------------------------------------------------------
-
-
-def _show(table: dict[str, Any]) -> None:
-    columns = {
-        "": lambda row: row["name"],
-        "ms a step": lambda row: f"{row['step_ms']:.1f}",
-        "× base": lambda row: _or_dash(row["to_base"], ".3f"),
-        "× ours": lambda row: _or_dash(row["to_ours"], ".2f"),
-        "peak GiB": lambda row: _or_dash(row["peak_gib"] or None, ".2f"),
-        "above base": lambda row: _or_dash(row["above"], ".1%"),
-    }
-    notes = [*table["notes"]]
-    for name, found in table.get("kernels", {}).items():
-        notes.append(f"{name}: {found['count']} kernels, busy {found['busy_ms']:.1f} ms")
-    for name, places in table.get("waits", {}).items():
-        notes.append(f"{name}: waits for the GPU at {places or 'no place'}")
-    for name, error in table.get("errors", {}).items():
-        notes.append(f"{name}: the bank's gradient differs from ours by {error:.1e} of its norm")
-    print_table(f"{table['shape']}, {table['tokens']} tokens a step", table["rows"], columns, notes)
-    sys.stdout.flush()
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 if __name__ == "__main__":

@@ -91,8 +91,11 @@ def test_one_step_in_all_ways(
         assert list(rows) == ["frozen base", "ours", "ours, inputs recomputed", *theirs]
         assert rows["frozen base"]["to_base"] == rows["ours"]["to_ours"] == 1.0
         assert table["notes"] == []
-    shown = capsys.readouterr().out
-    assert "minilm, 1x12 tokens a step" in shown
+    assert "minilm, 1x12 tokens a step" in capsys.readouterr().out
+    step.main(["--table", str(tmp_path / "out.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| minilm, 2x8 tokens a step | ms a step | × base |")
+    assert lines[4].startswith("| frozen base | ")
 
 
 def test_a_way_that_does_not_fit_leaves_the_table(monkeypatch: pytest.MonkeyPatch):
