@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,10 +22,14 @@ Factors = tuple[Tensor, tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive rows that make one factor: `rows` of length b as (height, side), the last of a line cut."""
+    """Consecutive rows that make one factor: lines of `width` numbers, of which the first `side` count.
 
-    rows: int
+    `start` is the place of its first number among a client's.
+    """
+
+    start: int
     height: int
+    width: int
     side: int
 
 
@@ -39,15 +44,22 @@ class Cutter:
 
     def __init__(self, blueprint: Blueprint, groups: Sequence[Sequence[int]], device: torch.device) -> None:
         self._sizes = [len(group) for group in groups]
-        rank, order = blueprint.spec.rank, []
-        pieces = []
+        rank, slices = blueprint.spec.rank, blueprint.slices
+        order: list[NDArray[np.int64]] = []
+        pieces: list[Piece] = []
+
+        def add(rows: Sequence[NDArray[np.int64]], side: int) -> None:
+            last = pieces[-1] if pieces else Piece(0, 0, 0, 0)
+            height = rank * len(rows)
+            width = sum(map(len, rows)) // height * blueprint.vector_length
+            pieces.append(Piece(last.start + last.height * last.width, height, width, side))
+            order.extend(rows)
+
         for group in groups:
-            parts = [blueprint.slices[place] for place in group]
-            order += [np.arange(part.start, part.middle) for part in parts]
-            order += [np.arange(part.middle, part.stop) for part in parts]
-            of_a = sum(part.middle - part.start for part in parts)
-            pieces.append(Piece(of_a, rank * len(parts), parts[0].linear.in_features))
-            pieces += [Piece(part.stop - part.middle, rank, part.linear.out_features) for part in parts]
+            parts = [slices[place] for place in group]
+            add([np.arange(part.start, part.middle) for part in parts], parts[0].linear.in_features)
+            for part in parts:
+                add([np.arange(part.middle, part.stop)], part.linear.out_features)
         self.pieces = tuple(pieces)
         places = np.concatenate(order)
         kept = np.array_equal(places, np.arange(len(places)))
@@ -69,14 +81,11 @@ class _Cut(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         rows = rows.to(dtype)
         rows = rows.contiguous() if cutter.order is None else rows.index_select(1, cutter.order)
-        clients, count, length = rows.shape
-        found, start = [], rows.storage_offset()
-        for piece in cutter.pieces:
-            line = piece.rows // piece.height * length
-            shape, strides = (clients, piece.height, piece.side), (count * length, line, 1)
-            found.append(rows.as_strided(shape, strides, start))
-            start += piece.rows * length
-        return tuple(found)
+        clients, step, begin = len(rows), rows.stride(0), rows.storage_offset()
+        return tuple(
+            rows.as_strided((clients, p.height, p.side), (step, p.width, 1), begin + p.start)
+            for p in cutter.pieces
+        )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
@@ -85,9 +94,9 @@ class _Cut(torch.autograd.Function):
         like = next(gradient for gradient in gradients if gradient is not None)
         for gradient, piece in zip(gradients, cutter.pieces, strict=True):
             if gradient is None:  # a layer that took no part
-                gradient = like.new_zeros(clients, piece.height, piece.side)
-            if missing := piece.rows * length // piece.height - piece.side:
-                gradient = functional.pad(gradient, (0, missing))
+                gradient = like.new_zeros(clients, piece.height, piece.width)
+            elif piece.side < piece.width:
+                gradient = functional.pad(gradient, (0, piece.width - piece.side))
             parts.append(gradient.reshape(clients, -1, length))
         together = torch.cat(parts, dim=1)
         if cutter.inverse is not None:

@@ -40,84 +40,85 @@ def adapted(
         scaling: s.
         again: makes x anew in the backward pass, so that it need not be kept.
     """
-    others = (*bs, *weights, *biases)
-    found: tuple[Tensor, ...] = _Adapted.apply(x, a, scaling, again, *others)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, ...] = _Adapted.apply(  # type: ignore[no-untyped-call]
+        x, a, tuple(weights), tuple(biases), scaling, again, *bs
+    )
     return found
 
 
 class _Adapted(torch.autograd.Function):
-    """Every operation counts here: on a small batch a step is as long as what it launches."""
+    """Every operation counts here, views too: on a small batch a step is as long as what it launches."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, scaling: float, again: Again | None, *others: Any
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        weights: tuple[Tensor, ...],
+        biases: tuple[Tensor | None, ...],
+        scaling: float,
+        again: Again | None,
+        *bs: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.scaling, ctx.again, ctx.shape, ctx.dtypes = scaling, again, x.shape, (x.dtype, a.dtype)
+        ctx.scaling, ctx.again, ctx.dtypes = scaling, again, (x.dtype, a.dtype)
+        ctx.shape = shape = x.shape
         if torch.is_autocast_enabled(x.device.type):
-            x, a, *cast = _cast(torch.get_autocast_dtype(x.device.type), x, a, *others)
-            others = tuple(cast)
-        count = len(others) // 3
-        bs, weights, biases = others[:count], others[count : 2 * count], others[2 * count :]
-        flat = x.reshape(-1, x.shape[-1])
-        inner = _product(a, _of_clients(flat, a).transpose(1, 2))
+            dtype = torch.get_autocast_dtype(x.device.type)
+            (x, a), bs = _cast(dtype, x, a), _cast(dtype, *bs)
+            weights, biases = _cast(dtype, *weights), _cast(dtype, *biases)
+        clients = a.shape[0]
+        flat = x.reshape(-1, shape[-1])
+        inner = torch.bmm(a, flat.view(clients, -1, shape[-1]).transpose(1, 2))
         if scaling != 1:
             inner *= scaling
         ys = []
-        for part, b, weight, bias in zip(_parts(inner, count), bs, weights, biases, strict=True):
-            y = _product(part.transpose(1, 2), b, bias).view(len(flat), -1).addmm_(flat, weight.t())
-            ys.append(y.view(*ctx.shape[:-1], -1))
-        ctx.save_for_backward(flat if again is None else None, inner, a, *bs, *weights)
+        for part, b, weight, bias in zip(_parts(inner, len(bs)), bs, weights, biases, strict=True):
+            part = part.transpose(1, 2)
+            y = torch.bmm(part, b) if bias is None else torch.baddbmm(bias, part, b)
+            y.view(-1, b.shape[2]).addmm_(flat, weight.t())
+            ys.append(y.view(*shape[:-1], -1))
+        ctx.weights = weights
+        ctx.save_for_backward(flat if again is None else None, inner, a, *bs)
         return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        flat, inner, a, *others = ctx.saved_tensors
-        count = len(gradients)
-        bs, weights = others[:count], others[count:]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        flat, inner, a, *bs = ctx.saved_tensors
+        clients, shape = a.shape[0], ctx.shape
         if flat is None:
-            flat = ctx.again().reshape(-1, ctx.shape[-1]).to(inner.dtype)
-        of_ys = [None if of_y is None else of_y.reshape(len(flat), -1) for of_y in gradients]
-        of_parts: list[Tensor] = []
-        of_bs: list[Tensor | None] = []
-        for part, b, of_y in zip(_parts(inner, count), bs, of_ys, strict=True):
+            flat = ctx.again().reshape(-1, shape[-1]).to(inner.dtype)
+        of_ys, of_parts, of_bs = [], [], []
+        for part, b, of_y in zip(_parts(inner, len(bs)), bs, gradients, strict=True):
             if of_y is None:  # an output that nobody used
-                of_parts.append(torch.zeros_like(part))
-                of_bs.append(None)
+                own, of_part, of_b = None, torch.zeros_like(part), None
             else:
-                own = _of_clients(of_y, a)
-                of_parts.append(_product(b, own.transpose(1, 2)))
-                of_bs.append(_product(part, own))
-        of_inner = of_parts[0] if count == 1 else torch.cat(of_parts, dim=1)
+                own = of_y.reshape(clients, -1, b.shape[2])
+                of_part, of_b = torch.bmm(b, own.transpose(1, 2)), torch.bmm(part, own)
+            of_ys.append(own)
+            of_parts.append(of_part)
+            of_bs.append(of_b)
+        of_inner = of_parts[0] if len(bs) == 1 else torch.cat(of_parts, dim=1)
         if ctx.scaling != 1:
             of_inner *= ctx.scaling
-        of_a = _product(of_inner, _of_clients(flat, a))
+        of_a = torch.bmm(of_inner, flat.view(clients, -1, shape[-1]))
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = _product(of_inner.transpose(1, 2), a).view(len(flat), -1)
-            for of_y, weight in zip(of_ys, weights, strict=True):
-                if of_y is not None:
-                    of_x.addmm_(of_y, weight)
-            of_x = of_x.view(ctx.shape)
-        if of_a.dtype != ctx.dtypes[1] or inner.dtype != ctx.dtypes[0]:  # autocast
-            of_x, (of_a, *of_bs) = _cast(ctx.dtypes[0], of_x)[0], _cast(ctx.dtypes[1], of_a, *of_bs)
-        return of_x, of_a, None, None, *of_bs, *[None] * 2 * count
+            of_x = torch.bmm(of_inner.transpose(1, 2), a)
+            rows = of_x.view(-1, shape[-1])
+            for own, weight in zip(of_ys, ctx.weights, strict=True):
+                if own is not None:
+                    rows.addmm_(own.view(-1, own.shape[2]), weight)
+            of_x = of_x.view(shape)
+        if ctx.dtypes != (inner.dtype, a.dtype):  # autocast
+            (of_x,), (of_a, *of_bs) = _cast(ctx.dtypes[0], of_x), _cast(ctx.dtypes[1], of_a, *of_bs)
+        return of_x, of_a, None, None, None, None, *of_bs
 
 
-def _cast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-
-
-def _of_clients(flat: Tensor, a: Tensor) -> Tensor:
-    """(C * m, n) as (C, m, n)."""
-    return flat.view(len(a), -1, flat.shape[1])
+def _cast(dtype: torch.dtype, *tensors: Any) -> tuple[Any, ...]:
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def _parts(inner: Tensor, count: int) -> Sequence[Tensor]:
     """(C, R, m) as each layer's (C, r, m)."""
     return (inner,) if count == 1 else inner.chunk(count, 1)
-
-
-def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Each client's product, (C, i, j) times (C, j, k), plus bias (k,)."""
-    return torch.bmm(left, right) if bias is None else torch.baddbmm(bias, left, right)
