@@ -1,9 +1,9 @@
-"""AdamW over the stacked tensors of C clients: each is clipped, and may stop, by itself."""
+"""AdamW over the stacked tensors of C clients: each is clipped, slowed, and may stop, by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,15 +18,21 @@ __all__ = ["AdamW", "decay_faults"]
 class AdamW:
     """AdamW (arXiv 1711.05101), as `torch.optim.AdamW` computes it, for tensors (C, ...).
 
+    A part of a tensor may share one second moment, the mean of its squares, as in Adam-mini (arXiv
+    2406.16793). A head wants that: number by number, Adam moves the weights of a class that a client does not
+    have, whose gradients are tiny, as far as those of a class that it has.
+
     Attributes:
         rates: learning rate by tensor name.
         clip_norm: largest gradient norm of a client over all its tensors; 0 is off.
         weight_decay: of all tensors. A bank and its logits take none: see `decay_faults`.
+        shared: sizes of the parts that share a second moment, by the name of a tensor (C, sum of sizes).
     """
 
     rates: Mapping[str, float]
     clip_norm: float = 0.0
     weight_decay: float = 0.0
+    shared: Mapping[str, Sequence[int]] = field(default_factory=dict)
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
 
@@ -48,8 +54,8 @@ class AdamW:
         Args:
             tensors: (C, ...) by name.
             gradients: the same shapes.
-            active: (C,) bool, clients that take this step; None for all. Clients may end early, not start
-                late.
+            active: (C,) float32, how much of this step each client takes, 0 to 1; None for all of it. Clients
+                may end early, not start late.
             scale: of all rates in this step.
 
         Raises:
@@ -68,7 +74,11 @@ class AdamW:
                 self._first[name], self._second[name] = torch.zeros_like(tensor), torch.zeros_like(tensor)
             first, second = self._first[name], self._second[name]
             first.lerp_(gradient, 1 - beta1)
-            second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            second.mul_(beta2)
+            if name in self.shared:
+                second.add_(_mean_squares(gradient, self.shared[name]), alpha=1 - beta2)
+            else:
+                second.addcmul_(gradient, gradient, value=1 - beta2)
             rate = scale * self.rates[name]
             if self.weight_decay:
                 lost = rate * self.weight_decay
@@ -101,6 +111,12 @@ def decay_faults(weight_decay: float, names: Iterable[str]) -> Iterator[str]:
             f"weight-decay is {weight_decay}, expected 0 for an adapter with a bank: a logit that decays "
             "without being chosen leaves the seeded order, and its row would need all h logits again"
         )
+
+
+def _mean_squares(gradient: Tensor, sizes: Sequence[int]) -> Tensor:
+    """(C, n): at each number the mean of the squares of the part that it is in."""
+    parts = torch.split(gradient.square(), list(sizes), dim=1)
+    return torch.cat([part.mean(dim=1, keepdim=True).expand_as(part) for part in parts], dim=1)
 
 
 def _as(per_client: Tensor, tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from fl_client.generating import asked_prompts, generate, references, rows_with_
 from fl_client.graphs import Graphs
 from fl_client.hazards import Fate
 from fl_client.memory import Memory
+from fl_client.mixture import label_mixture
 from fl_client.scoring import evaluate, evaluate_cohort
 from fl_client.settings import SiteSettings
 from fl_client.tasks import Task
@@ -193,7 +194,16 @@ class Site:
 
     def _job(self, client: int, steps: int, round_number: int, start: State | None) -> Job:
         examples = self.train.take(self.parts[client])
-        return Job(str(client), examples, self._seed(client, round_number), steps, start)
+        return Job(
+            str(client), examples, self._seed(client, round_number), steps, start, self._pace(examples)
+        )
+
+    def _pace(self, examples: Examples) -> float:
+        """Of a client's rates. A head of its own may well learn how often the client meets each label."""
+        labels = len(self.blueprint.labels)
+        if not self.settings.local.label_mix or labels < 2 or "head" in self.settings.personal.parts:
+            return 1.0
+        return label_mixture(examples.targets, labels)
 
     def _seed(self, client: int, round_number: int) -> tuple[int, ...]:
         return self.settings.data.seed, round_number, client + self.salt

@@ -47,6 +47,8 @@ class LocalSettings:
         clip_norm: largest gradient norm; 0 is off.
         weight_decay: of AdamW, on kinds without a bank.
         prox: weight of FedProx' pull towards the reference (arXiv 1812.06127), on everything but logits.
+        label_mix: slow clients whose labels are not mixed, see `fl_client.mixture`; where the head is
+            personal, none is.
     """
 
     steps: int = 10
@@ -60,6 +62,7 @@ class LocalSettings:
     clip_norm: float = 0.0
     weight_decay: float = 0.0
     prox: float = 0.0
+    label_mix: bool = True
 
     def __post_init__(self) -> None:
         raise_faults("local training", self._faults())
@@ -103,6 +106,7 @@ class Job:
         seed: names the draw of batches, such as (seed, round, client).
         steps: local steps, where they differ from the settings' (a straggler's).
         start: what it starts from, where it has a part of its own; None is the reference.
+        pace: of its learning rates, 0 to 1.
     """
 
     client: str
@@ -110,6 +114,7 @@ class Job:
     seed: tuple[int, ...]
     steps: int | None = None
     start: State | None = None
+    pace: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -156,13 +161,15 @@ def train_cohort(
     passes = Passes(model, task, graphs)
     collated = partial(collate, pad=pad, device=model.device, length=graphs.length if graphs else int)
     rates = settings.rates(model.blueprint.spec.kind, scale)
-    optimiser = AdamW(rates, settings.clip_norm, settings.weight_decay)
+    shared = {"head": [tensor.size for tensor in model.blueprint.head]}
+    optimiser = AdamW(rates, settings.clip_norm, settings.weight_decay, shared)
     starts = [job.start or state for job in jobs]
     tensors = model.load(*starts)
     start = {name: tensors[name].detach().clone() for name in state.dense} if settings.prox else {}
     steps = max(len(plan) for plan in plans)
     lengths = torch.tensor([len(plan) for plan in plans], device=model.device)
-    uneven = any(len(plan) != steps for plan in plans)
+    paces = torch.tensor([job.pace for job in jobs], device=model.device)
+    uneven = any(len(plan) != steps or job.pace != 1 for plan, job in zip(plans, jobs, strict=True))
     total = torch.zeros(len(jobs), device=model.device)
     nothing = np.empty(0, np.int64)
     done = steps
@@ -178,7 +185,7 @@ def train_cohort(
         losses, gradients = passes.gradients(tensors, trained, pieces, len(jobs))
         for name in start.keys() & gradients.keys():
             gradients[name] = gradients[name] + settings.prox * (tensors[name].detach() - start[name])
-        optimiser.step(trained, gradients, lengths > step if uneven else None, settings.rise(step))
+        optimiser.step(trained, gradients, paces * (lengths > step) if uneven else None, settings.rise(step))
         total += losses
         if on_step is not None and on_step(step + 1, steps):
             done = step + 1
