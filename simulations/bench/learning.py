@@ -5,7 +5,8 @@ Needs neither Flower nor the data libraries. A study is a JSON file, `{"base": {
 with a GPU and little else trains what another one prepared:
 
     python -m simulations.bench.learning study.json --texts DIR --prepare         # where the data is
-    python -m simulations.bench.learning study.json --texts DIR --processes 10    # where the GPU is
+    python -m simulations.bench.learning study.json --texts DIR --processes 10 --json results.json
+    python -m simulations.bench.learning other.json --rates results.json          # at the best rates found
     python -m simulations.bench.learning --table results.json --plot scores.png   # what --json left
 """
 
@@ -35,9 +36,11 @@ from fl_client.settings import SiteSettings
 from fl_server.plot import read_history
 from fl_server.rounds import run_rounds
 from fl_server.settings import ServerSettings
+from simulations.bench.origin import commit_of_code, read_results, retold_command, with_rates
 from simulations.bench.rivals import comparisons, tables
 from simulations.compare.results import trace
 from simulations.direct import DirectExchange
+from vblora.errors import FedVBError
 
 __all__ = ["main", "read_study", "run_one", "table", "texts_file"]
 
@@ -73,7 +76,8 @@ def run_one(config: Mapping[str, Any], texts: Path) -> dict[str, Any]:
         exchange = DirectExchange(partial(answer, site), server.clients)
         summary = run_rounds(exchange, server, _Silent())
         traced = trace(read_history(Path(out)))
-    return {"config": dict(config), **summary, **traced, "wall": time.monotonic() - started}
+    wall = time.monotonic() - started
+    return {"config": dict(config), **summary, **traced, "wall": wall, "device": _device_name()}
 
 
 def prepare(configs: list[Config], texts: Path) -> None:
@@ -155,6 +159,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, help="write all results here")
     parser.add_argument(
+        "--rates",
+        type=Path,
+        action="append",
+        default=[],
+        help="results of a study of rates on training texts: run each method at its best",
+    )
+    parser.add_argument("--commit", default="", help="of this code, where git cannot tell")
+    parser.add_argument(
         "--table",
         type=Path,
         action="append",
@@ -162,18 +174,31 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--plot", type=Path, help="with --table: draw scores against bytes, a PNG")
     given = parser.parse_args(arguments)
-    if given.table:
-        _tell(given.table, given.plot)
-        return
-    if given.study is None:
+    if given.study is None and not given.table:
         parser.error("which study? name its file, or --table and what --json left")
+    try:
+        if given.table:
+            _tell(given.table, given.plot)
+        else:
+            _run(given)
+    except FedVBError as error:
+        parser.error(str(error))
+
+
+def _run(given: argparse.Namespace) -> None:
     configs = read_study(given.study)
     if given.model:
         configs = [{**config, "model": given.model} for config in configs]
+    if given.rates:
+        configs = with_rates(configs, read_results(given.rates))
     if given.prepare:
         prepare(configs, given.texts)
         return
-    results = _run_all(configs, given.texts, given.processes, given.seconds, given.json)
+    origin = {
+        "command": retold_command(given.study, given.rates),
+        "commit": given.commit or commit_of_code(),
+    }
+    results = _run_all(configs, given.texts, given.processes, given.seconds, given.json, origin)
     print(f"{len(results)} of {len(configs)} runs; torch {torch.__version__}, {_device_name()}")
     print(table(results))
     print(f"\n{tables(results)}")
@@ -181,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _tell(files: list[Path], plot: Path | None) -> None:
     """Print what `--json` left, of one study or several of one protocol, and draw it."""
-    found = [result for file in files for result in json.loads(file.read_text()) if "error" not in result]
+    found = read_results(files)
     print(tables(found))
     if plot is not None:
         from simulations.compare.plots import by_bytes, save_png
@@ -191,7 +216,12 @@ def _tell(files: list[Path], plot: Path | None) -> None:
 
 
 def _run_all(
-    configs: list[Config], texts: Path, processes: int, seconds: float, target: Path | None
+    configs: list[Config],
+    texts: Path,
+    processes: int,
+    seconds: float,
+    target: Path | None,
+    origin: Mapping[str, str],
 ) -> list[dict[str, Any]]:
     started = time.monotonic()
     results: list[dict[str, Any]] = []
@@ -203,6 +233,7 @@ def _run_all(
                 found = pending.next(timeout=left)
             except multiprocessing.TimeoutError:
                 break
+            found["origin"] = {**origin, "device": found.pop("device", "")}
             results.append(found)
             shown = (
                 found.get("error") or f"last3 {found['score']['last3']:.4f} best {found['score']['best']:.4f}"

@@ -3,27 +3,28 @@
     python -m simulations.bench.pairs results.json --against wire=lossless
     python -m simulations.bench.pairs results.json --against wire-up-bits=32 --plot curve.png
 
-reads what `simulations.bench.learning --json` wrote. A seed draws the texts, their deal, the clients of each
-round and all initial values, so runs of one seed differ by their settings alone, and their difference
-scatters less than either score.
+reads what `simulations.bench.learning --json` wrote, and prints Markdown. A seed draws the texts, their
+deal, the clients of each round and all initial values, so runs of one seed differ by their settings alone,
+and their difference scatters less than either score.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simulations.bench.tables import print_table
+from simulations.bench.origin import read_results
 from simulations.compare.scores import Interval, paired
-from vblora.errors import RunError
+from simulations.compare.tables import markdown
+from simulations.units import size
+from vblora.errors import FedVBError, RunError
 
-__all__ = ["Pairing", "main", "pair", "read_results"]
+__all__ = ["Pairing", "main", "pair"]
 
 Result = dict[str, Any]
 Setting = tuple[tuple[str, Any], ...]
@@ -37,13 +38,16 @@ class Pairing:
         setting: what differs from other settings of the study, as (key, value).
         mean: of its scores.
         difference: to the other setting, over seeds that both have.
-        up: bytes that a client sent in a round, mean.
+        up, total: bytes that a client sent in a round; of all clients in both directions. Means.
+        metric: "accuracy" or "loss".
     """
 
     setting: Setting
     mean: float
     difference: Interval
     up: float
+    total: float
+    metric: str
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.setting) or "as the study's base"
@@ -52,12 +56,6 @@ class Pairing:
     def half(self) -> float | None:
         """Half the width of the interval; None of one seed."""
         return None if self.difference.high is None else self.difference.high - self.difference.mean
-
-
-def read_results(paths: Iterable[Path]) -> list[Result]:
-    """The runs of some result files that came to an end."""
-    found = [result for path in paths for result in json.loads(path.read_text())]
-    return [result for result in found if "error" not in result]
 
 
 def pair(results: list[Result], against: Mapping[str, str], score: str = "last3") -> list[Pairing]:
@@ -85,11 +83,32 @@ def pair(results: list[Result], against: Mapping[str, str], score: str = "last3"
         scores = {seed: run["score"][score] for seed, run in runs.items()}
         difference = paired(scores, other)
         if difference is not None:
-            up = statistics.mean(run["bytes"]["up_per_client_round"] for run in runs.values())
+            sent = [run["bytes"] for run in runs.values()]
+            up = statistics.mean(one["up_per_client_round"] for one in sent)
+            total = statistics.mean(one["up_total"] + one["down_total"] for one in sent)
             differing = tuple(item for item in setting if item not in common)
-            mean = statistics.mean(scores.values())
-            found.append((setting != named[0], up, Pairing(differing, mean, difference, up)))
+            mean, metric = statistics.mean(scores.values()), str(next(iter(runs.values()))["score"]["metric"])
+            found.append((setting != named[0], up, Pairing(differing, mean, difference, up, total, metric)))
     return [pairing for *_, pairing in sorted(found, key=lambda item: item[:2])]
+
+
+def _table(pairings: list[Pairing], score: str) -> str:
+    """The pairings as Markdown: accuracies in points, losses as they are."""
+    metric = pairings[0].metric
+    factor, places = (100, 2) if metric == "accuracy" else (1, 4)
+    cells = [
+        [
+            str(item),
+            str(item.difference.n),
+            f"{factor * item.mean:.{places}f}",
+            f"{factor * item.difference.mean:+.{places}f}".replace("-", "−"),
+            "" if item.half is None else f"± {factor * item.half:.{places}f}",
+            size(item.up),
+            size(item.total),
+        ]
+        for item in pairings
+    ]
+    return markdown(["setting", "seeds", f"{metric}, {score}", "difference", "95%", "up", "in all"], cells)
 
 
 def plot(pairings: list[Pairing], target: Path) -> None:
@@ -137,20 +156,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--score", default="last3", help="last3 or best")
     parser.add_argument("--plot", type=Path, help="draw differences by wire-up-bits into this file")
     given = parser.parse_args(arguments)
-    against = dict(item.split("=", 1) for item in given.against.split(","))
-    pairings = pair(read_results(given.results), against, given.score)
-    print_table(
-        f"{given.score} against {given.against}, points, paired by seed",
-        pairings,
-        {
-            "setting": str,
-            "seeds": lambda item: str(item.difference.n),
-            given.score: lambda item: f"{100 * item.mean:.2f}",
-            "difference": lambda item: f"{100 * item.difference.mean:+.2f}",
-            "95%": lambda item: "" if item.half is None else f"± {100 * item.half:.2f}",
-            "up kB": lambda item: f"{item.up / 1000:.1f}",
-        },
-    )
+    try:
+        against = dict(item.split("=", 1) for item in given.against.split(","))
+    except ValueError:
+        parser.error(f"--against {given.against}: expected KEY=VALUE, more by comma")
+    try:
+        pairings = pair(read_results(given.results), against, given.score)
+    except FedVBError as error:
+        parser.error(str(error))
+    print(f"{given.score} against {given.against}, paired by seed\n\n{_table(pairings, given.score)}")
     if given.plot:
         plot(pairings, given.plot)
 

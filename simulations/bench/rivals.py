@@ -7,17 +7,19 @@ an adapter with its rates, its wire and whatever else differs.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from fl_client.hazards import HazardSettings
 from fl_client.settings import DataSettings
-from simulations.compare.results import FLOAT32, Comparison, Result, compared, result_of
+from simulations.compare.results import FLOAT32, Comparison, Result, Row, compared, result_of
 from simulations.compare.tables import columns, markdown, verdict
+from simulations.config import default_config
 from vblora.adapters import NUMBERS
 
-__all__ = ["comparisons", "tables"]
+__all__ = ["RATES", "comparisons", "method_of", "tables"]
 
 Config = Mapping[str, Any]
 # Keys of the protocol; all others are the method's.
@@ -25,44 +27,112 @@ PROTOCOL = frozenset(
     [entry.name.replace("_", "-") for kind in (DataSettings, HazardSettings) for entry in fields(kind)]
     + ["model", "clients-per-round", "rounds", "local-steps", "batch-size", "eval-every", "late-clients"]
 )
+# Those that every table tells in words; the others where they are given.
+TOLD = frozenset(
+    [
+        *("model", "data", "eval-split", "clients", "clients-per-round", "rounds", "local-steps"),
+        *("batch-size", "partition", "seed", "eval-every"),
+    ]
+)
 BASELINE = ("lora", 8)  # kind and rank
+RATES = ("lr-rows", "lr-bank")  # of a method's main tensor
 
 
 def tables(results: Sequence[Mapping[str, Any]]) -> str:
-    """A table and a verdict for every protocol of a study."""
+    """A table and a verdict for every protocol of a study; below them the commands that train it again."""
     parts = []
-    for heading, comparison in comparisons(results):
-        shown = columns(comparison)
+    for found in _protocols(results).values():
+        groups = _methods(found)
+        comparison = _compared(groups)
+        shown = {**columns(comparison), **_origins(groups)}
         cells = [[show(row) for show in shown.values()] for row in comparison.rows]
         told = "\n".join(f"- {line}" for line in verdict(comparison))
-        parts.append("\n\n".join(part for part in (heading, markdown(list(shown), cells), told) if part))
-    return "\n\n".join(parts)
+        parts += [_about(found, comparison.seeds), markdown(list(shown), cells), told]
+    commands = dict.fromkeys(one["origin"]["command"] for one in results if "origin" in one)
+    return "\n\n".join(parts + ["```sh\n" + "\n".join(commands) + "\n```"] * bool(commands))
 
 
 def comparisons(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, Comparison]]:
     """The comparison of every protocol, with what sets it apart from the study's others."""
+    return [(heading, _compared(_methods(found))) for heading, found in _protocols(results).items()]
+
+
+def method_of(config: Config) -> dict[str, Any]:
+    """Those keys of a config that are not the protocol's."""
+    return {name: value for name, value in config.items() if name not in PROTOCOL}
+
+
+def _protocols(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Runs by protocol, each told by what sets it apart."""
     protocols: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         key = {name: value for name, value in result["config"].items() if name in PROTOCOL - {"seed"}}
         protocols.setdefault(json.dumps(key, sort_keys=True), []).append(result)
     shared = set.intersection(*(set(json.loads(key).items()) for key in protocols)) if protocols else set()
-    headings = [
-        ", ".join(f"{name} {value}" for name, value in json.loads(key).items() if (name, value) not in shared)
-        for key in protocols
+    return {
+        ", ".join(
+            f"{name} {value}" for name, value in json.loads(key).items() if (name, value) not in shared
+        ): found
+        for key, found in protocols.items()
+    }
+
+
+def _about(results: Sequence[Mapping[str, Any]], seeds: int) -> str:
+    """The protocol and the machine, in words."""
+    given = results[0]["config"]
+    config = {**default_config(), **given}
+    more = {name: given[name] for name in sorted(PROTOCOL - TOLD) if given.get(name)}
+    told = [
+        f"{Path(str(config['model'])).name} on {Path(str(config['data'])).name}"
+        + (f", scored on {config['eval-split']}" if config["eval-split"] else ""),
+        f"{config['clients']:,} clients, {config['clients-per-round']} a round, {config['rounds']} rounds of "
+        f"{config['local-steps']} steps of {config['batch-size']} texts, {config['partition']}",
+        ", ".join(f"{name} {value}" for name, value in more.items()),
+        f"{seeds} seed{'s' * (seeds > 1)}",
     ]
-    return list(zip(headings, map(_compared, protocols.values()), strict=True))
+    machines = dict.fromkeys(
+        f"{one['origin']['device']}, torch {one['versions']['client']['torch']}"
+        for one in results
+        if "origin" in one
+    )
+    return "; ".join(part for part in (*told, *machines) if part) + "."
 
 
-def _compared(results: Sequence[Mapping[str, Any]]) -> Comparison:
+def _methods(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Config, list[Mapping[str, Any]]]]:
+    """The methods by name, each with its runs."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        own = {name: value for name, value in result["config"].items() if name not in PROTOCOL}
-        found.setdefault(json.dumps(own, sort_keys=True), []).append(result)
+        found.setdefault(json.dumps(method_of(result["config"]), sort_keys=True), []).append(result)
     methods = [json.loads(key) for key in found]
     names = [_name(method, methods) for method in methods]
-    groups = {name: [_result(one) for one in runs] for name, runs in zip(names, found.values(), strict=True)}
-    metric = str(results[0]["score"]["metric"])
-    return compared(groups, _baseline(dict(zip(names, methods, strict=True)), groups, metric), metric)
+    return dict(zip(names, zip(methods, found.values(), strict=True), strict=True))
+
+
+def _compared(methods: Mapping[str, tuple[Config, Sequence[Mapping[str, Any]]]]) -> Comparison:
+    groups = {name: [_result(one) for one in runs] for name, (_, runs) in methods.items()}
+    metric = str(next(iter(methods.values()))[1][0]["score"]["metric"])
+    baseline = _baseline({name: method for name, (method, _) in methods.items()}, groups, metric)
+    return compared(groups, baseline, metric)
+
+
+def _origins(
+    methods: Mapping[str, tuple[Config, Sequence[Mapping[str, Any]]]],
+) -> dict[str, Callable[[Row], str]]:
+    """Columns: the rate that a method was given, and the commits of its runs, where some are known."""
+    rates = {
+        name: ", ".join(f"{method[key]:g}" for key in RATES if key in method)
+        for name, (method, _) in methods.items()
+    }
+    commits = {
+        name: ", ".join(dict.fromkeys(run["origin"]["commit"] for run in runs if "origin" in run))
+        for name, (_, runs) in methods.items()
+    }
+    made = {"rate": rates, "commit": commits}
+    return {heading: _cell(cells) for heading, cells in made.items() if any(cells.values())}
+
+
+def _cell(cells: Mapping[str, str]) -> Callable[[Row], str]:
+    return lambda row: cells[row.name]
 
 
 def _name(method: Config, methods: Sequence[Config]) -> str:

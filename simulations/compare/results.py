@@ -32,6 +32,7 @@ __all__ = [
 
 FLOAT32 = " float32"  # after the name of an adapter whose messages are not rounded
 SHARES = (0.95, 0.98, 1.0)  # of the baseline's score, to which bytes are counted
+CLOSE = 0.005  # below the baseline's accuracy, to which they are counted too
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Row:
         difference: last3 minus the baseline's, by seed; None of the baseline, and where no seed is shared.
         fewer: the baseline's bytes over this one's.
         targets: what it took to come to each of `SHARES` of the baseline's last3 of the same seed.
+        close: what it took to come within `CLOSE` of it; None of a loss.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Row:
     difference: Interval | None
     fewer: float | None
     targets: Mapping[float, Reached]
+    close: Reached | None
 
     def mean(self, field: str) -> float:
         """Mean of a number of the results."""
@@ -170,6 +173,11 @@ def compared(groups: Mapping[str, Sequence[Result]], baseline: str, metric: str)
     """Compare groups of runs, one group an adapter, with the runs of one of them, seed by seed."""
     higher = metric != "loss"
     theirs = {result.seed: result for result in groups.get(baseline, ())}
+    goals = _last3(theirs)
+    targets = {
+        share: {seed: target_of(score, share, higher) for seed, score in goals.items()} for share in SHARES
+    }
+    close = {seed: score - CLOSE for seed, score in goals.items()}
     names = [baseline] * (baseline in groups) + [name for name in groups if name != baseline]
     rows = []
     for name in names:
@@ -177,7 +185,7 @@ def compared(groups: Mapping[str, Sequence[Result]], baseline: str, metric: str)
         ours = {result.seed: result for result in results}
         difference = None
         if name != baseline:
-            difference = paired(_last3(ours), _last3(theirs))
+            difference = paired(_last3(ours), goals)
         shared = [result for result in results if result.seed in theirs]
         rows.append(
             Row(
@@ -187,7 +195,8 @@ def compared(groups: Mapping[str, Sequence[Result]], baseline: str, metric: str)
                 best=spread([result.best for result in results]),
                 difference=difference,
                 fewer=_fewer(results, list(theirs.values())),
-                targets={share: _reached(shared, theirs, share, higher) for share in SHARES},
+                targets={share: _reached(shared, targets[share], higher) for share in SHARES},
+                close=_reached(shared, close, higher) if higher else None,
             )
         )
     return Comparison(metric, higher, baseline if theirs else "", tuple(rows))
@@ -212,9 +221,14 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     whole = asdict(comparison)
     whole["adapters"] = {
         row.name: {
-            **{key: value for key, value in made.items() if key not in ("name", "results", "targets")},
+            **{
+                key: value
+                for key, value in made.items()
+                if key not in ("name", "results", "targets", "close")
+            },
             "sections": row.sections,
             "bytes_to_target": {f"{share:g}": asdict(found) for share, found in row.targets.items()},
+            "bytes_to_within_half_a_point": made["close"],
             "runs": made["results"],
         }
         for row, made in zip(comparison.rows, whole.pop("rows"), strict=True)
@@ -232,10 +246,6 @@ def _fewer(ours: Sequence[Result], theirs: Sequence[Result]) -> float | None:
     return sum(result.total for result in theirs) / len(theirs) / sent if theirs and sent else None
 
 
-def _reached(shared: Sequence[Result], theirs: Mapping[int, Result], share: float, higher: bool) -> Reached:
-    return reached(
-        [
-            bytes_to_target(result.by_bytes, target_of(theirs[result.seed].last3, share, higher), higher)
-            for result in shared
-        ]
-    )
+def _reached(results: Sequence[Result], goals: Mapping[int, float], higher: bool) -> Reached:
+    """Sum up what it took to come to the goal of each seed."""
+    return reached([bytes_to_target(one.by_bytes, goals[one.seed], higher) for one in results])

@@ -29,8 +29,12 @@ def columns(comparison: Comparison) -> Mapping[str, Callable[[Row], str]]:
         "in all": lambda row: size(row.mean("total")),
     }
     if comparison.baseline:
-        made["fewer"] = lambda row: "" if row.fewer is None else f"{row.fewer:,.1f} ×"
+        made[f"fewer than {comparison.baseline}"] = lambda row: _times(row.fewer)
+        if coded := _coded(comparison):
+            made[f"fewer than {coded.name}"] = lambda row: _times(_fewer(coded, row))
         made |= {f"to {share:.0%}": _target(share) for share in SHARES}
+        if comparison.higher_is_better:
+            made["to −0.5 points"] = lambda row: _reached(row.close) if row.close else ""
     if any(row.mean("seconds") for row in comparison.rows):
         made["seconds"] = lambda row: f"{row.mean('seconds'):,.0f}"
     if any(row.mean("memory") for row in comparison.rows):
@@ -106,6 +110,8 @@ def _cheapest(comparison: Comparison) -> list[str]:
     }
     if not took:
         return []
+    if any(found.median == 0 for found in took.values()):
+        return [f"Before any training scores were at {goal}: bytes to it tell nothing."]
     first, *others = sorted(took, key=lambda name: took[name].median or 0)
     told = [f"{first} came to {goal} with the fewest bytes: {_reached(took[first])}."]
     if others:
@@ -126,10 +132,25 @@ def _one(row: Row, comparison: Comparison) -> str:
             shown = ", better" if better else ", worse"
             told += shown if found.shows_difference else ", no difference shown"
     told += f"; {_part(row.fewer)} its bytes"
-    coded = [other for other in comparison.rows if f"{other.name}{FLOAT32}" == comparison.baseline]
-    if coded and coded[0] is not row:
-        told += f", {_part(coded[0].mean('total') / max(1.0, row.mean('total')))} {coded[0].name}'s"
+    coded = _coded(comparison)
+    if coded and coded is not row:
+        told += f", {_part(_fewer(coded, row))} {coded.name}'s"
     return f"{told}."
+
+
+def _coded(comparison: Comparison) -> Row | None:
+    """The baseline through the codec, where the baseline itself is in float32."""
+    return next((row for row in comparison.rows if f"{row.name}{FLOAT32}" == comparison.baseline), None)
+
+
+def _fewer(theirs: Row, ours: Row) -> float | None:
+    """Mean bytes of theirs over ours."""
+    sent = ours.mean("total")
+    return theirs.mean("total") / sent if sent else None
+
+
+def _times(fewer: float | None) -> str:
+    return "" if fewer is None else f"{fewer:,.1f} ×"
 
 
 def _part(fewer: float | None) -> str:
@@ -157,4 +178,6 @@ def _reached(found: Reached) -> str:
     """Median bytes, and how many seeds got there where not all did."""
     if found.median is None:
         return "not reached" if not found.count else f"{found.count} of {found.n}"
+    if not found.median:
+        return "at the start"
     return size(found.median) + (f" ({found.count} of {found.n})" if found.count < found.n else "")

@@ -11,7 +11,8 @@ import pytest
 from matplotlib.image import imread
 
 from simulations.bench.learning import read_study
-from simulations.bench.pairs import main, pair, read_results
+from simulations.bench.origin import read_results
+from simulations.bench.pairs import main, pair
 from vblora.errors import RunError
 
 STUDIES = Path(__file__).parents[2] / "simulations" / "bench" / "studies"
@@ -19,7 +20,12 @@ STUDIES = Path(__file__).parents[2] / "simulations" / "bench" / "studies"
 
 def result(seed: int, last3: float, up: int, **config: Any) -> dict[str, Any]:
     given = {"rounds": 30, "seed": seed, **{name.replace("_", "-"): value for name, value in config.items()}}
-    return {"config": given, "score": {"last3": last3, "best": last3}, "bytes": {"up_per_client_round": up}}
+    score = {"metric": "accuracy", "last3": last3, "best": last3}
+    return {
+        "config": given,
+        "score": score,
+        "bytes": {"up_per_client_round": up, "up_total": 300 * up, "down_total": 300 * up},
+    }
 
 
 RESULTS = [
@@ -55,8 +61,26 @@ def test_table_and_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "r.json").write_text(json.dumps([*RESULTS, *more]))
     main([str(tmp_path / "r.json"), "--against", "wire-up-bits=32", "--plot", str(tmp_path / "curve.png")])
     shown = capsys.readouterr().out
-    assert "-0.90" in shown
+    assert "| wire-up-bits=3 | 3 | 80.65 | −0.90 | ± 0.25 | 13.0 kB | 7.8 MB |" in shown
     assert imread(tmp_path / "curve.png").shape[0] > 200
+
+
+def test_losses_are_not_told_in_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = [result(seed, loss, 1000, rank=rank) for rank, loss in ((4, 2.5), (8, 2.25)) for seed in (0, 1)]
+    for each in results:
+        each["score"]["metric"] = "loss"
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    main([str(tmp_path / "r.json"), "--against", "rank=4"])
+    assert "| rank=8 | 2 | 2.2500 | −0.2500 | ± 0.0000 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("against", ["rank", "rank=5"])
+def test_what_cannot_be_paired_is_one_line(against: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "r.json").write_text(json.dumps(RESULTS))
+    with pytest.raises(SystemExit) as left:
+        main([str(tmp_path / "r.json"), "--against", against])
+    assert left.value.code == 2
+    assert "expected" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("name", "runs"), [("sst2", 15 + 36), ("banking77", 15 + 27)])

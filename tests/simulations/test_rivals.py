@@ -116,7 +116,7 @@ def test_tables_of_what_a_study_left(tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert shown == tables(study()) + "\n"
     assert "| vblora:256 lr-bank=0.01 | 0.7900 ± 0.0000 |" in shown
-    assert "partition iid\n\n| adapter |" in shown
+    assert "10 steps of 16 texts, iid; 2 seeds.\n\n| adapter |" in shown
     for name in ("scores.png", "scores-1.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):

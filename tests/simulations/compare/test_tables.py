@@ -33,6 +33,21 @@ def test_the_verdict_of_one_seed_says_so():
     assert told[-1].startswith("One seed:")
 
 
+def test_a_baseline_that_learned_nothing_gives_no_winner():
+    flat = [0.5, 0.5, 0.5, 0.5]
+    groups = {name: [made_result(0, flat, sent)] for name, sent in (("lora:8", 1000), ("vblora", 10))}
+    comparison = compared(groups, "lora:8", "accuracy")
+    assert verdict(comparison)[0] == (
+        "Before any training scores were at 98% of lora:8's accuracy: bytes to it tell nothing."
+    )
+    assert {columns(comparison)["to 98%"](row) for row in comparison.rows} == {"at the start"}
+
+
+def test_of_a_loss_points_are_not_told():
+    groups = {"lora:8": [made_result(0, [2.0, 1.0], 1000)], "vblora": [made_result(0, [2.0, 1.1], 10)]}
+    assert "to −0.5 points" not in columns(compared(groups, "lora:8", "loss"))
+
+
 def test_without_a_baseline_there_is_no_verdict():
     comparison = compared({"vblora": [made_result(0, [0.1, 0.2], 9)]}, "lora:8", "accuracy")
     assert verdict(comparison) == ["No LoRA among the runs: nothing to compare with."]
@@ -59,14 +74,17 @@ def test_columns_show_every_row():
         "up": "500 B",
         "down": "500 B",
         "in all": "4.0 kB",
-        "fewer": "100.0 ×",
+        "fewer than lora:8 float32": "100.0 ×",
+        "fewer than lora:8": "10.0 ×",
         "to 95%": "2.0 kB",
         "to 98%": "not reached",
         "to 100%": "not reached",
+        "to −0.5 points": "not reached",
         "seconds": "12",
         "memory": "500.0 MB",
     }
     assert cells["lora:8"]["to 100%"] == "1 of 2"
+    assert cells["lora:8 float32"]["to −0.5 points"] == "200.0 kB"
     assert set(few_columns(comparison)) == {"adapter", "accuracy", "against LoRA", "in all", "to 98%"}
 
 

@@ -1,0 +1,103 @@
+"""Where a study's results come from: the command, the commit, the device; and rates chosen before."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simulations.bench.rivals import RATES, method_of
+from vblora.errors import RunError
+
+__all__ = ["commit_of_code", "read_results", "retold_command", "with_rates"]
+
+Result = dict[str, Any]
+Config = dict[str, Any]
+ROOT = Path(__file__).parents[2]
+
+
+def commit_of_code() -> str:
+    """The commit that this code is of, "+" after it where files differ; "" where git cannot tell."""
+    try:
+        commit = _git("rev-parse", "--short=7", "HEAD")
+        return commit + "+" * bool(_git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def retold_command(study: Path, rates: Sequence[Path]) -> str:
+    """The command that trains a study again, without paths of this machine."""
+    absolute = study.resolve()
+    name = absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else Path(study.name)
+    chosen = "".join(f" --rates {path.name}" for path in rates)
+    return f"python -m simulations.bench.learning {name.as_posix()} --texts texts{chosen}"
+
+
+def read_results(paths: Iterable[Path]) -> list[Result]:
+    """The runs of some files of `bench.learning --json` that came to an end.
+
+    Raises:
+        RunError: a file that is not such a file.
+    """
+    found: list[Result] = []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: not readable ({error}), expected what --json wrote") from error
+        if not isinstance(content, list) or not all(
+            isinstance(one, dict) and "config" in one for one in content
+        ):
+            raise RunError(f"{path}: not a list of runs, expected what --json wrote")
+        found += content
+    return [result for result in found if "error" not in result]
+
+
+def with_rates(configs: Sequence[Config], trials: Sequence[Result]) -> list[Config]:
+    """Configs at the rates that did best in `trials`, each method on each data set by itself.
+
+    A rate counts where every seed of it came to an end.
+
+    Raises:
+        RunError: a trial was scored on other than training texts, or a method was not tried.
+    """
+    seen = {str(trial["config"].get("eval-split", "")) for trial in trials}
+    if seen - {"train"}:
+        raise RunError(
+            f"rates: runs scored on eval-split {', '.join(sorted(repr(name) for name in seen - {'train'}))}, "
+            "expected 'train': rates are not chosen on what is compared"
+        )
+    tried: dict[str, dict[str, list[Result]]] = {}
+    for trial in trials:
+        rate = json.dumps({key: value for key, value in trial["config"].items() if key in RATES})
+        tried.setdefault(_key(trial["config"]), {}).setdefault(rate, []).append(trial)
+    best = {key: _best(rates) for key, rates in tried.items()}
+    if missing := [config for config in configs if _key(config) not in best]:
+        raise RunError(f"rates: {_key(missing[0])} was not tried, expected every method of the study")
+    return [{**config, **best[_key(config)]} for config in configs]
+
+
+def _key(config: Mapping[str, Any]) -> str:
+    """Data and method, but for the rates."""
+    method = {key: value for key, value in method_of(config).items() if key not in RATES}
+    return json.dumps({"data": config.get("data", "docstrings"), **method}, sort_keys=True)
+
+
+def _best(rates: Mapping[str, Sequence[Result]]) -> Config:
+    whole = max(map(len, rates.values()))
+    means = {
+        rate: statistics.fmean(run["score"]["last3"] for run in runs)
+        for rate, runs in rates.items()
+        if len(runs) == whole
+    }
+    lower = next(iter(rates.values()))[0]["score"]["metric"] == "loss"
+    kept: Config = json.loads((min if lower else max)(means, key=lambda rate: means[rate]))
+    return kept

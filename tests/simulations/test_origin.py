@@ -1,0 +1,135 @@
+"""Where results come from, and rates that were chosen before."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simulations.bench import learning, origin
+from simulations.bench.origin import commit_of_code, read_results, retold_command, with_rates
+from simulations.bench.rivals import tables
+from tests.conftest import ROOT
+from tests.simulations.test_rivals import STUDIES, result
+from vblora.errors import RunError
+
+
+def trial(seed: int, score: float, **config: Any) -> dict[str, Any]:
+    return result(seed, [0.5, score, score, score], 10, **{"eval_split": "train", **config})
+
+
+TRIALS = [
+    *(trial(seed, 0.7, adapter="lora", rank=8, lr_rows=0.001) for seed in (1000, 1001)),
+    *(trial(seed, 0.8 - (seed == 1001) / 10, adapter="lora", rank=8, lr_rows=0.002) for seed in (1000, 1001)),
+    trial(1000, 0.9, adapter="lora", rank=8, lr_rows=0.004),  # the other seed broke off
+    *(trial(seed, 0.6, adapter="lora", rank=32, lr_rows=0.004) for seed in (1000, 1001)),
+    *(trial(seed, 0.6, num_vectors=256, lr_bank=0.004) for seed in (1000, 1001)),
+    *(trial(seed, 0.5, num_vectors=256, lr_bank=0.008) for seed in (1000, 1001)),
+]
+
+
+def test_each_method_gets_its_best_rate():
+    configs = [
+        {"adapter": "lora", "rank": 8, "seed": 0, "partition": "iid"},
+        {"adapter": "lora", "rank": 32, "seed": 0},
+        {"num-vectors": 256, "seed": 3, "lr-bank": 1.0},
+    ]
+    assert with_rates(configs, TRIALS) == [
+        {**configs[0], "lr-rows": 0.002},
+        {**configs[1], "lr-rows": 0.004},
+        {**configs[2], "lr-bank": 0.004},
+    ]
+
+
+def test_of_losses_the_least_is_the_best():
+    trials = [trial(1000, 2.0, adapter="lora", lr_rows=0.1), trial(1000, 1.0, adapter="lora", lr_rows=0.2)]
+    for one in trials:
+        one["score"]["metric"] = "loss"
+    assert with_rates([{"adapter": "lora"}], trials) == [{"adapter": "lora", "lr-rows": 0.2}]
+
+
+def test_rates_are_never_chosen_on_what_is_compared():
+    with pytest.raises(RunError, match=r"eval-split 'dev\+test', expected 'train'"):
+        with_rates([], [*TRIALS, trial(0, 0.9, adapter="lora", eval_split="dev+test")])
+    with pytest.raises(RunError, match=r"rates: .*ffa-lora.* was not tried"):
+        with_rates([{"adapter": "ffa-lora"}], TRIALS)
+
+
+@pytest.mark.parametrize("name", ["sst2", "banking77"])
+def test_the_studies_of_rates_serve_those_of_the_comparison(name: str):
+    tried = learning.read_study(STUDIES / f"rates-{name}.json")
+    scores = {"metric": "accuracy", "last3": 0.5}
+    found = with_rates(
+        learning.read_study(STUDIES / f"compare-{name}.json"),
+        [{"config": config, "score": scores} for config in tried],
+    )
+    assert all(("lr-rows" in config) != ("lr-bank" in config) for config in found)
+
+
+def test_the_commit_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def git(*arguments: str) -> None:
+        named = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", "-C", str(tmp_path), *named, *arguments], check=True, capture_output=True)
+
+    monkeypatch.setattr(origin, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert commit_of_code() == ""
+    (tmp_path / "code.py").write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    commit = commit_of_code()
+    assert len(commit) == 7
+    (tmp_path / "code.py").write_text("2")
+    assert commit_of_code() == f"{commit}+"
+
+
+def test_the_command_names_no_path_of_this_machine(tmp_path: Path):
+    inside = STUDIES / "sst2.json"
+    assert retold_command(inside, [tmp_path / "rates.json"]) == (
+        f"python -m simulations.bench.learning {inside.relative_to(ROOT)} --texts texts --rates rates.json"
+    )
+    assert "learning other.json --texts" in retold_command(tmp_path / "other.json", [])
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"score": 1}]'])
+def test_files_of_others_are_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(RunError, match="expected what --json wrote"):
+        read_results([tmp_path / "r.json"])
+    with pytest.raises(SystemExit) as left:
+        learning.main(["--table", str(tmp_path / "r.json")])
+    assert left.value.code == 2
+    assert "expected what --json wrote" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_rows_name_their_commit_and_rate_and_tables_their_command():
+    results = [
+        result(0, [0.5, 0.8], 1000, adapter="lora", rank=8, lr_rows=0.002, data="../data/sst2"),
+        result(0, [0.5, 0.79], 10, adapter="vblora", lr_bank=0.008, data="../data/sst2"),
+    ]
+    for one, commit in zip(results, ("abc1234", "def5678"), strict=True):
+        one["origin"] = {"command": "python -m this study.json", "commit": commit, "device": "H100"}
+        one["versions"] = {"client": {"torch": "2.13.0"}}
+    shown = tables(results)
+    assert shown.startswith("minilm on sst2; 10 clients, 5 a round, 1 rounds of 10 steps of 16 texts")
+    assert "; 1 seed; H100, torch 2.13.0." in shown
+    assert "| 0.008 | def5678 |" in shown
+    assert shown.endswith("```sh\npython -m this study.json\n```")
+
+
+def test_a_study_keeps_where_it_comes_from(
+    tiny_bert: Path, topics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    base = {"model": str(tiny_bert), "data": str(topics), "clients": 2, "clients-per-round": 2, "rounds": 1}
+    base |= {"local-steps": 1, "batch-size": 2, "max-length": 16, "partition": "iid", "max-examples": 40}
+    study = {"base": base, "runs": [{"adapter": "lora"}, {"num-vectors": 8, "vector-length": 8}]}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    options = [str(tmp_path / "study.json"), "--texts", str(tmp_path)]
+    learning.main([*options, "--prepare"])
+    learning.main([*options, "--json", str(tmp_path / "r.json"), "--commit", "abc1234"])
+    assert {one["origin"]["commit"] for one in read_results([tmp_path / "r.json"])} == {"abc1234"}
+    assert "| abc1234 |" in capsys.readouterr().out
