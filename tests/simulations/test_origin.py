@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from multiprocessing import dummy
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,14 @@ def test_rows_name_their_commit_and_rate_and_tables_their_command():
 
 
 def test_a_study_keeps_where_it_comes_from(
-    tiny_bert: Path, topics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_bert: Path,
+    topics: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setattr(learning.multiprocessing, "get_context", lambda _: dummy)  # threads are quicker
+    monkeypatch.setattr(learning, "_take_gpu", lambda: None)
     base = {"model": str(tiny_bert), "data": str(topics), "clients": 2, "clients-per-round": 2, "rounds": 1}
     base |= {"local-steps": 1, "batch-size": 2, "max-length": 16, "partition": "iid", "max-examples": 40}
     study = {"base": base, "runs": [{"adapter": "lora"}, {"num-vectors": 8, "vector-length": 8}]}
