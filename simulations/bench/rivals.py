@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from fl_client.hazards import HazardSettings
-from fl_client.settings import DataSettings
+from fl_client.settings import DataSettings, SiteSettings
+from fl_client.train import LocalSettings
+from fl_server.settings import ServerSettings
 from simulations.compare.results import FLOAT32, Comparison, Result, Row, compared, result_of
-from simulations.compare.tables import columns, markdown, verdict
-from simulations.config import default_config
+from simulations.compare.scores import spread
+from simulations.compare.tables import columns, markdown, shown_spread, verdict
 from vblora.adapters import NUMBERS
 
 __all__ = ["RATES", "comparisons", "method_of", "tables"]
 
 Config = Mapping[str, Any]
+Runs = Sequence[Mapping[str, Any]]
+Methods = Mapping[str, tuple[Config, Runs]]
 # Keys of the protocol; all others are the method's.
 PROTOCOL = frozenset(
     [entry.name.replace("_", "-") for kind in (DataSettings, HazardSettings) for entry in fields(kind)]
@@ -44,7 +48,7 @@ def tables(results: Sequence[Mapping[str, Any]]) -> str:
     for found in _protocols(results).values():
         groups = _methods(found)
         comparison = _compared(groups)
-        shown = {**columns(comparison), **_origins(groups)}
+        shown = {**columns(comparison), **_more_columns(groups)}
         cells = [[show(row) for show in shown.values()] for row in comparison.rows]
         told = "\n".join(f"- {line}" for line in verdict(comparison))
         parts += [_about(found, comparison.seeds), markdown(list(shown), cells), told]
@@ -80,13 +84,15 @@ def _protocols(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[s
 def _about(results: Sequence[Mapping[str, Any]], seeds: int) -> str:
     """The protocol and the machine, in words."""
     given = results[0]["config"]
-    config = {**default_config(), **given}
+    kinds = (SiteSettings, DataSettings, LocalSettings, ServerSettings)
+    defaults = {entry.name.replace("_", "-"): entry.default for kind in kinds for entry in fields(kind)}
+    config = {**defaults, "local-steps": LocalSettings.steps, **given}
     more = {name: given[name] for name in sorted(PROTOCOL - TOLD) if given.get(name)}
     told = [
         f"{Path(str(config['model'])).name} on {Path(str(config['data'])).name}"
         + (f", scored on {config['eval-split']}" if config["eval-split"] else ""),
-        f"{config['clients']:,} clients, {config['clients-per-round']} a round, {config['rounds']} rounds of "
-        f"{config['local-steps']} steps of {config['batch-size']} texts, {config['partition']}",
+        f"{config['clients']:,} clients, {config['clients-per-round']} a round, {config['rounds']} "
+        f"rounds, {config['local-steps']} local steps of {config['batch-size']} texts, {config['partition']}",
         ", ".join(f"{name} {value}" for name, value in more.items()),
         f"{seeds} seed{'s' * (seeds > 1)}",
     ]
@@ -98,7 +104,7 @@ def _about(results: Sequence[Mapping[str, Any]], seeds: int) -> str:
     return "; ".join(part for part in (*told, *machines) if part) + "."
 
 
-def _methods(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Config, list[Mapping[str, Any]]]]:
+def _methods(results: Sequence[Mapping[str, Any]]) -> Methods:
     """The methods by name, each with its runs."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -108,31 +114,44 @@ def _methods(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Config, li
     return dict(zip(names, zip(methods, found.values(), strict=True), strict=True))
 
 
-def _compared(methods: Mapping[str, tuple[Config, Sequence[Mapping[str, Any]]]]) -> Comparison:
+def _compared(methods: Methods) -> Comparison:
     groups = {name: [_result(one) for one in runs] for name, (_, runs) in methods.items()}
     metric = str(next(iter(methods.values()))[1][0]["score"]["metric"])
     baseline = _baseline({name: method for name, (method, _) in methods.items()}, groups, metric)
     return compared(groups, baseline, metric)
 
 
-def _origins(
-    methods: Mapping[str, tuple[Config, Sequence[Mapping[str, Any]]]],
-) -> dict[str, Callable[[Row], str]]:
-    """Columns: the rate that a method was given, and the commits of its runs, where some are known."""
-    rates = {
-        name: ", ".join(f"{method[key]:g}" for key in RATES if key in method)
-        for name, (method, _) in methods.items()
+def _more_columns(methods: Methods) -> dict[str, Callable[[Row], str]]:
+    """What only a study's runs tell, where some do: clients' own scores, scores of answers, the rate that a
+    method was given, the commits of its runs."""
+    asked: dict[str, Callable[[Config, Runs], str]] = {
+        "own, last three": lambda _, runs: _own(runs, "own_last3"),
+        "spread among clients": lambda _, runs: _own(runs, "own_std"),
+        "BLEU": lambda _, runs: _texts(runs, "bleu"),
+        "ROUGE-L": lambda _, runs: _texts(runs, "rouge_l"),
+        "rate": lambda method, _: ", ".join(f"{method[key]:g}" for key in RATES if key in method),
+        "commit": lambda _, runs: ", ".join(
+            dict.fromkeys(run["origin"]["commit"] for run in runs if "origin" in run)
+        ),
     }
-    commits = {
-        name: ", ".join(dict.fromkeys(run["origin"]["commit"] for run in runs if "origin" in run))
-        for name, (_, runs) in methods.items()
+    made = {
+        heading: {name: show(*found) for name, found in methods.items()} for heading, show in asked.items()
     }
-    made = {"rate": rates, "commit": commits}
     return {heading: _cell(cells) for heading, cells in made.items() if any(cells.values())}
 
 
 def _cell(cells: Mapping[str, str]) -> Callable[[Row], str]:
     return lambda row: cells[row.name]
+
+
+def _own(runs: Runs, name: str) -> str:
+    found = [run["score"][name] for run in runs if name in run["score"]]
+    return shown_spread(spread(found)) if found else ""
+
+
+def _texts(runs: Runs, name: str) -> str:
+    found = [run["score"]["texts"][name] for run in runs if "texts" in run["score"]]
+    return shown_spread(spread(found)) if found else ""
 
 
 def _name(method: Config, methods: Sequence[Config]) -> str:

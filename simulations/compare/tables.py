@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from simulations.compare.results import FLOAT32, SHARES, Comparison, Row
-from simulations.compare.scores import Interval, Reached
+from simulations.compare.scores import Interval, Reached, Spread
 from simulations.units import size
 
-__all__ = ["columns", "difference", "few_columns", "markdown", "section_cells", "verdict"]
+__all__ = ["columns", "difference", "few_columns", "markdown", "section_cells", "shown_spread", "verdict"]
 
 Cells = list[list[str]]
 TARGET = 0.98  # the share of the baseline's score that the verdict goes by
@@ -166,8 +166,13 @@ def _caveats(comparison: Comparison) -> list[str]:
     return [f"Differences are paired by seed, {comparison.seeds} seeds; 95% intervals by Student's t."]
 
 
+def shown_spread(found: Spread) -> str:
+    """Mean ± standard deviation, where there is one."""
+    return f"{found.mean:.4f}" + ("" if found.std is None else f" ± {found.std:.4f}")
+
+
 def _spread(row: Row) -> str:
-    return f"{row.score.mean:.4f}" + ("" if row.score.std is None else f" ± {row.score.std:.4f}")
+    return shown_spread(row.score)
 
 
 def _target(share: float) -> Callable[[Row], str]:

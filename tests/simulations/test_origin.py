@@ -116,7 +116,7 @@ def test_rows_name_their_commit_and_rate_and_tables_their_command():
         one["origin"] = {"command": "python -m this study.json", "commit": commit, "device": "H100"}
         one["versions"] = {"client": {"torch": "2.13.0"}}
     shown = tables(results)
-    assert shown.startswith("minilm on sst2; 10 clients, 5 a round, 1 rounds of 10 steps of 16 texts")
+    assert shown.startswith("minilm on sst2; 10 clients, 5 a round, 1 rounds, 10 local steps of 16 texts")
     assert "; 1 seed; H100, torch 2.13.0." in shown
     assert "| 0.008 | def5678 |" in shown
     assert shown.endswith("```sh\npython -m this study.json\n```")

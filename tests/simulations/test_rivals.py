@@ -108,6 +108,17 @@ def test_results_without_evaluations_have_scores_at_least():
     assert "not reached" in shown
 
 
+def test_own_scores_and_scores_of_answers_have_columns():
+    found = study()[:8]
+    assert "BLEU" not in tables(found)
+    assert "own, last three" not in tables(found)
+    for at, one in enumerate(found[:2]):
+        one["score"] |= {"own_last3": 0.9, "own_std": 0.1, "texts": {"bleu": 12.5 + at, "rouge_l": 0.25}}
+    shown = tables(found)
+    assert "| own, last three | spread among clients | BLEU | ROUGE-L | rate |" in shown
+    assert "| 0.9000 | 0.1000 | 13.5000 | 0.2500 |  |" in shown
+
+
 def test_tables_of_what_a_study_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "a.json").write_text(json.dumps([*study()[:8], {"config": {}, "error": "out of memory"}]))
     (tmp_path / "b.json").write_text(json.dumps(study()[8:]))
@@ -116,7 +127,7 @@ def test_tables_of_what_a_study_left(tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert shown == tables(study()) + "\n"
     assert "| vblora:256 lr-bank=0.01 | 0.7900 ± 0.0000 |" in shown
-    assert "10 steps of 16 texts, iid; 2 seeds.\n\n| adapter |" in shown
+    assert "10 local steps of 16 texts, iid; 2 seeds.\n\n| adapter |" in shown
     for name in ("scores.png", "scores-1.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
