@@ -15,7 +15,7 @@ from simulations.compare.plots import DARK, LIGHT, Theme, by_bytes, by_round, by
 from simulations.compare.protocol import GRID, TUNING_SEEDS, Protocol
 from simulations.compare.results import FLOAT32, Comparison
 from simulations.compare.study import Outcome, Trial
-from simulations.compare.tables import Cells, columns, section_cells, verdict
+from simulations.compare.tables import Cells, Columns, byte_columns, score_columns, section_cells, verdict
 from simulations.units import size
 
 __all__ = ["page"]
@@ -37,15 +37,14 @@ def page(outcome: Outcome, command: str) -> str:
     protocol, comparison = outcome.protocol, outcome.comparison
     model, data = (_short(str(protocol.base[key])) for key in ("model", "data"))
     headings, cells = section_cells(comparison)
-    shown = columns(comparison)
-    scores = [[show(row) for show in shown.values()] for row in comparison.rows]
     return Template(_template()).substitute(
         title=html.escape(f"{model} on {data}: what adapters cost to communicate"),
         about=html.escape(_about(protocol, comparison)),
         verdict="\n".join(f"<p>{html.escape(line)}</p>" for line in verdict(comparison)),
         pictures="\n".join(_pictures(comparison)),
         parts=_parts(comparison),
-        scores=_table(list(shown), scores, "Scores and bytes"),
+        scores=_rows_table(comparison, score_columns(comparison), "Scores"),
+        bytes=_rows_table(comparison, byte_columns(comparison), "Bytes"),
         unit=" in points" if comparison.metric == "accuracy" else "",
         baseline=html.escape(comparison.baseline),
         codec=html.escape(_codec(comparison)),
@@ -126,6 +125,10 @@ def _table(headings: Sequence[str], cells: Cells, label: str) -> str:
         f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(label)}"><table>'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )
+
+
+def _rows_table(comparison: Comparison, shown: Columns, label: str) -> str:
+    return _table(list(shown), [[show(row) for show in shown.values()] for row in comparison.rows], label)
 
 
 def _run_cells(comparison: Comparison) -> tuple[list[str], Cells]:

@@ -34,7 +34,7 @@ DARK = Theme(
     ("#62b6ff", "#ff8f5a", "#3ddbaa", "#f0a3d6", "#ffc857", "#9cd9ff", "#c7a6f5", "#d9a58a"),
 )
 MARKERS = "os^Dv<>P"
-WIDTH, HEIGHT = 5.0, 4.4  # inches; about a phone's width, so that letters stay readable there
+WIDTH, HEIGHT = 4.5, 4.2  # inches; about a phone's width, so that letters stay readable there
 
 
 def by_round(comparison: Comparison, theme: Theme = LIGHT) -> Any:
@@ -79,14 +79,20 @@ def by_section(comparison: Comparison, theme: Theme = LIGHT) -> Any:
 
     names = list(dict.fromkeys(name for row in comparison.rows for name in row.sections))
     rows = list(comparison.rows)[::-1]
-    figure, axes = _figure(theme, max(HEIGHT, 1.5 + 0.55 * len(rows)))
-    height = 0.8 / max(1, len(names))
+    sent = [{name: count for name, count in row.sections.items() if count > 0} for row in rows]
+    most = max(map(len, sent), default=1)
+    figure, axes = _figure(theme, max(HEIGHT, 1.5 + (0.2 + 0.1 * most) * len(rows)))
+    height = 0.8 / max(1, most)
     for place, name in enumerate(names):
-        found = [(at, row.sections.get(name, 0.0)) for at, row in enumerate(rows)]
-        shown = [(at, count) for at, count in found if count > 0]
+        # A row's own sections, one below the other around its middle.
+        bars = [
+            (at + height * ((len(own) - 1) / 2 - list(own).index(name)), own[name])
+            for at, own in enumerate(sent)
+            if name in own
+        ]
         axes.barh(
-            [at + 0.4 - (place + 0.5) * height for at, _ in shown],
-            [count for _, count in shown],
+            [at for at, _ in bars],
+            [count for _, count in bars],
             height,
             label=name,
             color=theme.lines[place % len(theme.lines)],

@@ -8,14 +8,30 @@ from simulations.compare.results import FLOAT32, SHARES, Comparison, Row
 from simulations.compare.scores import Interval, Reached, Spread
 from simulations.units import size
 
-__all__ = ["columns", "difference", "few_columns", "markdown", "section_cells", "shown_spread", "verdict"]
+__all__ = [
+    "byte_columns",
+    "columns",
+    "difference",
+    "few_columns",
+    "markdown",
+    "score_columns",
+    "section_cells",
+    "shown_spread",
+    "verdict",
+]
 
 Cells = list[list[str]]
+Columns = Mapping[str, Callable[[Row], str]]
 TARGET = 0.98  # the share of the baseline's score that the verdict goes by
 
 
-def columns(comparison: Comparison) -> Mapping[str, Callable[[Row], str]]:
+def columns(comparison: Comparison) -> Columns:
     """Headings of the main table and what each shows of a row; the first is text."""
+    return {**score_columns(comparison), **byte_columns(comparison)}
+
+
+def score_columns(comparison: Comparison) -> Columns:
+    """Those of `columns` that tell how good an adapter is, and what training it takes."""
     made: dict[str, Callable[[Row], str]] = {
         "adapter": lambda row: row.name,
         f"{comparison.metric}, last three": _spread,
@@ -23,7 +39,19 @@ def columns(comparison: Comparison) -> Mapping[str, Callable[[Row], str]]:
     }
     if comparison.baseline:
         made[f"against {comparison.baseline}"] = lambda row: difference(row.difference, comparison.metric)
-    made |= {
+    if any(row.mean("seconds") for row in comparison.rows):
+        made["seconds"] = lambda row: f"{row.mean('seconds'):,.0f}"
+    if any(row.mean("memory") for row in comparison.rows):
+        made["memory"] = lambda row: size(max(result.memory for result in row.results))
+    if any(row.mean("gpu") for row in comparison.rows):
+        made["GPU memory"] = lambda row: size(max(result.gpu for result in row.results))
+    return made
+
+
+def byte_columns(comparison: Comparison) -> Columns:
+    """Those of `columns` that tell what an adapter sends."""
+    made: dict[str, Callable[[Row], str]] = {
+        "adapter": lambda row: row.name,
         "up": lambda row: size(row.mean("up")),
         "down": lambda row: size(row.mean("down")),
         "in all": lambda row: size(row.mean("total")),
@@ -35,16 +63,10 @@ def columns(comparison: Comparison) -> Mapping[str, Callable[[Row], str]]:
         made |= {f"to {share:.0%}": _target(share) for share in SHARES}
         if comparison.higher_is_better:
             made["to −0.5 points"] = lambda row: _reached(row.close) if row.close else ""
-    if any(row.mean("seconds") for row in comparison.rows):
-        made["seconds"] = lambda row: f"{row.mean('seconds'):,.0f}"
-    if any(row.mean("memory") for row in comparison.rows):
-        made["memory"] = lambda row: size(max(result.memory for result in row.results))
-    if any(row.mean("gpu") for row in comparison.rows):
-        made["GPU memory"] = lambda row: size(max(result.gpu for result in row.results))
     return made
 
 
-def few_columns(comparison: Comparison) -> Mapping[str, Callable[[Row], str]]:
+def few_columns(comparison: Comparison) -> Columns:
     """Those of `columns` that fit a terminal."""
     made: dict[str, Callable[[Row], str]] = {"adapter": lambda row: row.name, comparison.metric: _spread}
     if comparison.baseline:
@@ -113,9 +135,9 @@ def _cheapest(comparison: Comparison) -> list[str]:
     if any(found.median == 0 for found in took.values()):
         return [f"Before any training scores were at {goal}: bytes to it tell nothing."]
     first, *others = sorted(took, key=lambda name: took[name].median or 0)
-    told = [f"{first} came to {goal} with the fewest bytes: {_reached(took[first])}."]
+    told = [f"{first} came to {goal} with the fewest bytes: {_reached(took[first], ' seeds')}."]
     if others:
-        told.append(f"Then {', '.join(f'{name} {_reached(took[name])}' for name in others)}.")
+        told.append(f"Then {', '.join(f'{name} with {_reached(took[name])}' for name in others)}.")
     if missed := [row.name for row in comparison.rows if row.name not in took]:
         told.append(f"Most runs of {', '.join(missed)} did not come there.")
     return told
@@ -179,10 +201,10 @@ def _target(share: float) -> Callable[[Row], str]:
     return lambda row: _reached(row.targets[share])
 
 
-def _reached(found: Reached) -> str:
+def _reached(found: Reached, unit: str = "") -> str:
     """Median bytes, and how many seeds got there where not all did."""
     if found.median is None:
         return "not reached" if not found.count else f"{found.count} of {found.n}"
     if not found.median:
         return "at the start"
-    return size(found.median) + (f" ({found.count} of {found.n})" if found.count < found.n else "")
+    return size(found.median) + (f" ({found.count} of {found.n}{unit})" if found.count < found.n else "")

@@ -10,7 +10,7 @@ from tests.simulations.compare.made import made_comparison, made_result
 def test_the_verdict_names_the_cheapest_whoever_it_is():
     told = verdict(made_comparison())
     assert told[0] == "lora:8 came to 98% of lora:8 float32's accuracy with the fewest bytes: 20.0 kB."
-    assert told[1:3] == ["Then lora:8 float32 200.0 kB.", "Most runs of vblora did not come there."]
+    assert told[1:3] == ["Then lora:8 float32 with 200.0 kB.", "Most runs of vblora did not come there."]
     assert told[3] == (
         "vblora: accuracy 0.7800, −2.0 (−2.0 to −2.0) points against lora:8 float32, worse; "
         "1/100 of its bytes, 1/10 of lora:8's."
