@@ -4,7 +4,8 @@
 
 Needs torch, transformers and bitsandbytes, no data libraries and no Flower; with grpcio the round is asked
 for over the trainer's socket. Weights are random: each block is made and quantised by itself, so that the
-dense model never lies there. What `simulations.memory_plan` predicts stands beside what was measured.
+dense model never lies there. What `simulations.memory_plan` predicts stands beside what was measured; with
+--limit a larger GPU gives no more than one of so many GiB would.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ from fl_client.train import LocalSettings
 from simulations.bench.shapes import SHAPES, Shape
 from simulations.bench.tables import print_table
 from simulations.bench.timing import describe_machine
-from simulations.memory_plan import GIB, BaseShape, Training, base_shape, predicted_memory
+from simulations.memory_plan import CONTEXT, GIB, BaseShape, Training, base_shape, predicted_memory
+from vblora.files import write_atomic
 from vblora.weights import keep_unpacked
 from vblora.wire import encode_state, initial
 
 __all__ = ["Row", "build_in_few_bits", "few_bits", "main", "measure"]
 
-STEPS = 10
+STEPS = 10  # of a round
+ROUNDS = 2  # of each way; the first warms up
 # How a site may keep the memory down: checkpointing, pieces of a step.
 WAYS = ((False, 1), (False, 4), (True, 1), (True, 4))
 
@@ -57,9 +60,11 @@ class Row:
 
     Attributes:
         checkpointing, accumulate: the site's settings.
-        seconds: of a round of `STEPS` steps, from the question to the encoded update.
+        first: seconds of the first round, from the question to the encoded update.
+        seconds: of the last round.
         peak: GiB that PyTorch had allocated at most; 0 on a CPU.
         predicted: GiB that were predicted for that.
+        used: GiB of the device that were taken after it, by whomever; 0 on a CPU.
         device: GiB that such a device is said to need.
         sent: bytes of the update.
         error: why there is none.
@@ -67,12 +72,26 @@ class Row:
 
     checkpointing: bool
     accumulate: int
+    first: float = 0.0
     seconds: float = 0.0
     peak: float = 0.0
     predicted: float = 0.0
+    used: float = 0.0
     device: float = 0.0
     sent: int = 0
     error: str = ""
+
+
+COLUMNS: dict[str, Callable[[Any], str]] = {
+    "checkpointing": lambda row: "yes" if row.checkpointing else "no",
+    "accumulate": lambda row: str(row.accumulate),
+    "s a round": lambda row: f"{row.seconds:.1f}" if not row.error else row.error,
+    "peak GiB": lambda row: f"{row.peak:.2f}",
+    "predicted": lambda row: f"{row.predicted:.2f}",
+    "used GiB": lambda row: f"{row.used:.2f}",
+    "said to need": lambda row: f"{row.device:.2f}",
+    "update B": lambda row: f"{row.sent:,}",
+}
 
 
 def few_bits(layer: nn.Linear, quantize: str = "4bit") -> nn.Module:
@@ -119,23 +138,32 @@ def build_in_few_bits(shape: Shape, device: torch.device) -> nn.Module:
     return made
 
 
-def measure(shape: Shape, device: torch.device, steps: int) -> list[Row]:
-    """Train a round in each way, through one trainer over one base."""
-    rows = []
+def measure(shape: Shape, device: torch.device, steps: int) -> Iterator[Row]:
+    """Train in each way, through one trainer over one base; yields a row as soon as it is known."""
     with torch.device("meta"):
         plain = base_shape(LlamaForCausalLM(LlamaConfig(**shape.sizes)))
+    for checkpointing in dict.fromkeys(checkpointing for checkpointing, _ in WAYS):
+        yield from _over_one_base(shape, plain, device, checkpointing, steps)
+        gc.collect()  # no base lies there any more when the next one is made
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _over_one_base(
+    shape: Shape, plain: BaseShape, device: torch.device, checkpointing: bool, steps: int
+) -> Iterator[Row]:
+    """The ways that share a base: an adapter is put into it for good, as checkpointing is."""
+    numbers = [pieces for given, pieces in WAYS if given == checkpointing]
     with tempfile.TemporaryDirectory(prefix="fedvb-") as folder:
-        for checkpointing in dict.fromkeys(checkpointing for checkpointing, _ in WAYS):
+        try:
             site = _site(shape, build_in_few_bits(shape, device), checkpointing, Path(folder), steps)
-            for pieces in (pieces for given, pieces in WAYS if given == checkpointing):
-                own = replace(site.settings, local=replace(site.settings.local, accumulate=pieces))
-                with _asked(replace(site, settings=own), Path(folder)) as ask:
-                    rows.append(_round(shape, plain, site, ask, Row(checkpointing, pieces)))
-            del site
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    return rows
+        except torch.OutOfMemoryError as error:
+            yield from (Row(checkpointing, pieces, error=_one_line(error)) for pieces in numbers)
+            return
+        for pieces in numbers:
+            own = replace(site.settings, local=replace(site.settings.local, accumulate=pieces))
+            with _asked(replace(site, settings=own), Path(folder)) as ask:
+                yield _rounds(shape, plain, site, ask, Row(checkpointing, pieces))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -147,29 +175,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=llamas, default="llama-2-7b")
     parser.add_argument("--rows", type=int, default=4, help="texts of a step")
     parser.add_argument("--length", type=int, default=512, help="tokens of each")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a round")
+    parser.add_argument("--layers", type=int, help="blocks of the model; else as many as the shape has")
+    parser.add_argument("--limit", type=float, help="GiB of a smaller GPU, CUDA's own share included")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--json", type=Path, help="write all numbers here, row by row")
     given = parser.parse_args(arguments)
     device = find_device(given.device)
     shape = replace(SHAPES[given.shape], rows=given.rows, length=given.length)
-    rows = measure(shape, device, STEPS)
-    machine = describe_machine()
-    columns: dict[str, Callable[[Any], str]] = {
-        "checkpointing": lambda row: "yes" if row.checkpointing else "no",
-        "accumulate": lambda row: str(row.accumulate),
-        "s a round": lambda row: f"{row.seconds:.1f}" if not row.error else row.error,
-        "peak GiB": lambda row: f"{row.peak:.2f}",
-        "predicted": lambda row: f"{row.predicted:.2f}",
-        "device GiB": lambda row: f"{row.device:.1f}",
-        "update B": lambda row: f"{row.sent:,}",
-    }
-    what = f"{given.shape} in nf4, {given.rows}x{given.length} tokens, rounds of {STEPS} steps"
-    title = f"{what}, {machine['device']}"
-    print_table(title, rows, columns)
-    if given.json:
-        given.json.write_text(
-            json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2)
-        )
+    if given.layers:
+        shape = replace(shape, sizes={**shape.sizes, "num_hidden_layers": given.layers})
+    if given.limit:
+        _limit(device, given.limit)
+    machine, rows = describe_machine(), []
+    for row in measure(shape, device, given.steps):
+        rows.append(row)
+        print(json.dumps(asdict(row)), flush=True)
+        if given.json:  # as far as it has come: the next way may end badly
+            told = {"machine": machine, "given": _plain(given), "rows": [asdict(row) for row in rows]}
+            write_atomic(given.json, json.dumps(told, indent=2))
+    what = f"{given.shape} in nf4, {given.rows}x{given.length} tokens, rounds of {given.steps} steps"
+    limit = f", {given.limit:g} GiB at most" if given.limit else ""
+    print_table(f"{what}, {machine['device']}{limit}", rows, COLUMNS)
+
+
+def _plain(given: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(given).items() if name != "json"}
+
+
+def _limit(device: torch.device, gib: float) -> None:
+    """Have PyTorch allocate no more than a device of so many GiB leaves it."""
+    if device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (gib * GIB - CONTEXT) / whole), device)
 
 
 def _site(shape: Shape, base: nn.Module, checkpointing: bool, folder: Path, steps: int) -> Site:
@@ -201,8 +239,8 @@ def _asked(site: Site, folder: Path) -> Iterator[Ask]:
         from fl_client import trainer
         from fl_client.resident import Resident
         from fl_client.thin import ask_trainer
-    except (ImportError, RuntimeError) as error:  # generated code refuses older libraries so
-        print(f"without the socket: {error}")
+    except Exception as error:  # generated code refuses older libraries by errors of their own
+        print(f"without the socket: {type(error).__name__}: {error}")
         yield lambda question, run: next(answer(site, [question]))
         return
 
@@ -224,10 +262,10 @@ def _asked(site: Site, folder: Path) -> Iterator[Ask]:
         server.stop(grace=None).wait()
 
 
-def _round(shape: Shape, plain: BaseShape, site: Site, ask: Ask, way: Row) -> Row:
-    start = initial(site.blueprint)
+def _rounds(shape: Shape, plain: BaseShape, site: Site, ask: Ask, way: Row) -> Row:
+    """Ask for some rounds from the initial state; the last one is told."""
+    start, device = initial(site.blueprint), site.model.device
     blob = encode_state(start, site.blueprint, start)
-    device = site.model.device
     training = Training(
         shape.rows,
         shape.length,
@@ -238,14 +276,30 @@ def _round(shape: Shape, plain: BaseShape, site: Site, ask: Ask, way: Row) -> Ro
     )
     memory = predicted_memory(plain, site.blueprint, training)
     way = replace(way, predicted=memory.allocated / GIB, device=memory.device / GIB)
+    seconds = []
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    started = time.perf_counter()
-    config: dict[str, Scalar] = {"round": 1, "lr-scale": 1.0, "run": "bench"}
-    found = ask(Question(0, "train", blob, config), {})
-    seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
-    return replace(way, seconds=seconds, peak=peak, sent=len(found.blob), error=found.error)
+    for number in range(1, ROUNDS + 1):
+        config: dict[str, Scalar] = {"round": number, "lr-scale": 1.0, "run": "bench"}
+        started = time.perf_counter()
+        try:
+            found = ask(Question(0, "train", blob, config), {})
+        except torch.OutOfMemoryError as error:  # without a trainer, which says so in its answer
+            found = Answer(0, error=_one_line(error))
+        seconds.append(time.perf_counter() - started)
+        if found.error:
+            break
+    way = replace(way, first=seconds[0], seconds=seconds[-1], sent=len(found.blob), error=found.error)
+    if device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        way = replace(way, peak=peak / GIB, used=(whole - free) / GIB)
+    return way
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 if __name__ == "__main__":
