@@ -158,3 +158,42 @@ def test_what_has_no_gradient_does_not_move():
         found["logits"][:, 2] = 0
         optimiser.step(tensors, found, torch.tensor([True, True, step < 3]))
     assert torch.equal(tensors["logits"][:, 2], drawn(0)["logits"][:, 2])
+
+
+def test_a_part_shares_one_second_moment():
+    """As torch does it for one number whose gradient is the root of the part's mean square."""
+    sizes = (3, 4)
+    tensors, optimiser = {"logits": drawn(0)["logits"]}, AdamW(RATES, shared={"logits": sizes})
+    for step in range(STEPS):
+        given = {"logits": gradients(step)["logits"]}
+        before = tensors["logits"].clone()
+        optimiser.step(tensors, given, None)
+    seen = torch.stack([gradients(step)["logits"] for step in range(STEPS)])
+    ages = torch.arange(STEPS - 1, -1, -1, dtype=torch.float64).view(-1, 1, 1)
+    first = (0.1 * 0.9**ages * seen).sum(dim=0) / (1 - 0.9**STEPS)
+    for part in (slice(0, 3), slice(3, 7)):
+        squares = seen[..., part].square().mean(dim=-1, keepdim=True)
+        second = (0.001 * 0.999**ages * squares).sum(dim=0) / (1 - 0.999**STEPS)
+        expected = before[:, part] - RATES["logits"] * first[:, part] / (second.sqrt() + 1e-8)
+        torch.testing.assert_close(tensors["logits"][:, part], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_numbers_of_a_part_keep_their_share_of_a_step():
+    """Number by number, Adam moves a weight of a tiny gradient as far as any other."""
+    gradient = torch.tensor([[1.0, 1e-4]])
+    for shared, least, most in (({}, 0.99, 1.01), ({"logits": (2,)}, 0, 2e-4)):
+        tensors = {"logits": torch.zeros(1, 2)}
+        AdamW(RATES, shared=shared).step(tensors, {"logits": gradient}, None)
+        large, small = tensors["logits"].abs()[0].tolist()
+        assert least <= small / large <= most
+
+
+def test_a_client_may_take_a_part_of_a_step():
+    whole, slow = drawn(0), drawn(0)
+    start = drawn(0)
+    AdamW(RATES).step(whole, gradients(0), None)
+    AdamW(RATES).step(slow, gradients(0), torch.tensor([1.0, 0.25, 0.0]))
+    for name, tensor in slow.items():
+        for client, pace in enumerate((1.0, 0.25, 0.0)):
+            moved = pace * (whole[name] - start[name])[client]
+            torch.testing.assert_close((tensor - start[name])[client], moved, rtol=1e-9, atol=1e-12)
