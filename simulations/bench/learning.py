@@ -41,6 +41,7 @@ from simulations.bench.rivals import comparisons, tables
 from simulations.compare.results import trace
 from simulations.direct import DirectExchange
 from vblora.errors import FedVBError
+from vblora.versions import installed_versions
 
 __all__ = ["main", "read_study", "run_one", "table", "texts_file"]
 
@@ -77,7 +78,13 @@ def run_one(config: Mapping[str, Any], texts: Path) -> dict[str, Any]:
         summary = run_rounds(exchange, server, _Silent())
         traced = trace(read_history(Path(out)))
     wall = time.monotonic() - started
+    summary["versions"]["client"] |= _versions()
     return {"config": dict(config), **summary, **traced, "wall": wall, "device": _device_name()}
+
+
+def _versions() -> dict[str, str]:
+    """Of what trains; prepared texts know those of the machine that prepared them."""
+    return {**installed_versions(("transformers", "numpy")), "torch": torch.__version__}
 
 
 def prepare(configs: list[Config], texts: Path) -> None:

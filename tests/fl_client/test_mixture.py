@@ -30,13 +30,13 @@ def test_it_is_the_chance_of_a_pair_that_differs():
     assert label_mixture(targets, 5) == pytest.approx(chance / 0.8, abs=0.01)
 
 
-def of_one_label(**local: bool) -> Site:
+def of_one_label(label_mix: bool = True) -> Site:
     """A site whose client 0 has texts of one label, the others of two."""
     site = make_site(3)
     targets = site.train.targets.copy()
     for client, rows in enumerate(site.parts):
         targets[rows] = np.arange(len(rows)) % 2 if client else 1
-    settings = replace(site.settings, local=replace(site.settings.local, **local))
+    settings = replace(site.settings, local=replace(site.settings.local, label_mix=label_mix))
     return replace(site, settings=settings, train=replace(site.train, targets=targets))
 
 

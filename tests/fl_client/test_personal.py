@@ -156,10 +156,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns():
 def personal_site(personal: str, memory: Memory | None = None, **wire: bool) -> Site:
     site = make_site(4)
     settings = replace(
-        site.settings,
-        personal=PersonalSettings(personal),
-        wire=replace(WIRES["default"], **wire),
-        local=replace(site.settings.local, label_mix=False),
+        site.settings, personal=PersonalSettings(personal), wire=replace(WIRES["default"], **wire)
     )
     return replace(site, settings=settings, memory=memory or Memory(None))
 
