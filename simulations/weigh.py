@@ -139,7 +139,7 @@ def compare(
     from simulations.compare.files import write_files
     from simulations.compare.protocol import Protocol, contenders
     from simulations.compare.study import compare as run
-    from simulations.compare.tables import few_columns, verdict
+    from simulations.compare.tables import few_columns
     from simulations.config import default_config
     from simulations.simulate import require_writable
 
@@ -156,6 +156,6 @@ def compare(
         raise
     write_files(outcome, command_line(context))
     print_table("", outcome.comparison.rows, few_columns(outcome.comparison))
-    for line in verdict(outcome.comparison):
+    for line in outcome.verdict:
         console.print(line, markup=False, highlight=False)
     console.print(f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)

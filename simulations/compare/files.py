@@ -10,7 +10,7 @@ from simulations.compare.page import page
 from simulations.compare.plots import by_bytes, by_round, by_section, save_png
 from simulations.compare.results import as_json
 from simulations.compare.study import Outcome
-from simulations.compare.tables import columns, markdown, section_cells, verdict
+from simulations.compare.tables import columns, markdown, section_cells
 from vblora.files import write_atomic
 
 __all__ = ["write_files"]
@@ -31,7 +31,7 @@ def write_files(outcome: Outcome, command: str) -> None:
 def _content(outcome: Outcome, command: str) -> dict[str, Any]:
     protocol = outcome.protocol
     return {
-        "verdict": verdict(outcome.comparison),
+        "verdict": outcome.verdict,
         **as_json(outcome.comparison),
         "protocol": {
             "command": command,
@@ -49,5 +49,5 @@ def _tables(outcome: Outcome, command: str) -> str:
     comparison = outcome.comparison
     shown = columns(comparison)
     scores = markdown(list(shown), [[show(row) for show in shown.values()] for row in comparison.rows])
-    told = "\n".join(f"- {line}" for line in verdict(comparison))
+    told = "\n".join(f"- {line}" for line in outcome.verdict)
     return f"```sh\n{command}\n```\n\n{told}\n\n{scores}\n\n{markdown(*section_cells(comparison))}\n"

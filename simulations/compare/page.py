@@ -15,7 +15,7 @@ from simulations.compare.plots import DARK, LIGHT, Theme, by_bytes, by_round, by
 from simulations.compare.protocol import GRID, TUNING_SEEDS, Protocol
 from simulations.compare.results import FLOAT32, Comparison
 from simulations.compare.study import Outcome, Trial
-from simulations.compare.tables import Cells, Columns, byte_columns, score_columns, section_cells, verdict
+from simulations.compare.tables import Cells, Columns, byte_columns, score_columns, section_cells
 from simulations.units import size
 
 __all__ = ["page"]
@@ -40,7 +40,7 @@ def page(outcome: Outcome, command: str) -> str:
     return Template(_template()).substitute(
         title=html.escape(f"{model} on {data}: what adapters cost to communicate"),
         about=html.escape(_about(protocol, comparison)),
-        verdict="\n".join(f"<p>{html.escape(line)}</p>" for line in verdict(comparison)),
+        verdict="\n".join(f"<p>{html.escape(line)}</p>" for line in outcome.verdict),
         pictures="\n".join(_pictures(comparison)),
         parts=_parts(comparison),
         scores=_rows_table(comparison, score_columns(comparison), "Scores"),

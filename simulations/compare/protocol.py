@@ -94,6 +94,8 @@ class Protocol:
             yield f"seeds is {self.seeds}, expected at least 1"
         if self.tune < 0:
             yield f"tune is {self.tune}, expected 1 or more, or 0 to take the rates as they are"
+        if self.tune > 0 and self.base["eval-split"] == "train":
+            yield "eval-split is 'train', of which rates are chosen: give --tune 0, or score on other texts"
         if int(self.base["seed"]) + self.seeds > TUNING_SEEDS:
             yield f"seed is {self.base['seed']}: seeds from {TUNING_SEEDS} on are those of the tuning"
 

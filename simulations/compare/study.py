@@ -17,6 +17,7 @@ from simulations.compare.probe import Probe, look_ahead, share_out
 from simulations.compare.protocol import GRID, Planned, Protocol
 from simulations.compare.results import Comparison, Result, compared, result_of, trace
 from simulations.compare.running import MEASURED, Layout, check_existing, is_finished, run_all
+from simulations.compare.tables import verdict
 from simulations.config import check_config
 from simulations.units import duration
 from vblora.errors import RunError
@@ -54,6 +55,12 @@ class Outcome:
     trials: Mapping[str, tuple[Trial, ...]]
     comparison: Comparison
     machine: Mapping[str, Any]
+
+    @property
+    def verdict(self) -> list[str]:
+        """What the figures say, and whether rates were tuned."""
+        untuned = "Rates were not tuned: each adapter trained at its default, or at the one that was given."
+        return [*verdict(self.comparison), *[untuned] * (not self.protocol.tune)]
 
 
 def compare(protocol: Protocol, console: Console, at_once: int = 0) -> Outcome:

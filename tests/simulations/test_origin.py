@@ -14,7 +14,7 @@ from simulations.bench import learning, origin
 from simulations.bench.origin import commit_of_code, read_results, retold_command, with_rates
 from simulations.bench.rivals import tables
 from tests.conftest import ROOT
-from tests.simulations.test_rivals import STUDIES, result
+from tests.simulations.test_rivals import COMPARED, STUDIES, result
 from vblora.errors import RunError
 
 
@@ -59,12 +59,15 @@ def test_rates_are_never_chosen_on_what_is_compared():
         with_rates([{"adapter": "ffa-lora"}], TRIALS)
 
 
-@pytest.mark.parametrize("name", ["sst2", "banking77"])
-def test_the_studies_of_rates_serve_those_of_the_comparison(name: str):
-    tried = learning.read_study(STUDIES / f"rates-{name}.json")
+@pytest.mark.parametrize(
+    ("compared", "rates"),
+    [*COMPARED.items(), ("compare-deals", "rates-sst2"), ("compare-crowds", "rates-sst2")],
+)
+def test_the_studies_of_rates_serve_those_of_the_comparison(compared: str, rates: str):
+    tried = learning.read_study(STUDIES / f"{rates}.json")
     scores = {"metric": "accuracy", "last3": 0.5}
     found = with_rates(
-        learning.read_study(STUDIES / f"compare-{name}.json"),
+        learning.read_study(STUDIES / f"{compared}.json"),
         [{"config": config, "score": scores} for config in tried],
     )
     assert all(("lr-rows" in config) != ("lr-bank" in config) for config in found)

@@ -143,10 +143,16 @@ def test_studies_hold_configs(path: Path):
     assert len({json.dumps(config, sort_keys=True) for config in configs}) == len(configs)
 
 
+COMPARED = {  # studies, and those of their rates
+    **{f"compare-{name}": f"rates-{name}" for name in ("sst2", "banking77", "docstrings")},
+    **{name: f"rates-{name}" for name in ("t0", "e2e")},
+}
+
+
 def test_rates_are_not_chosen_on_what_is_compared():
-    for name in ("sst2", "banking77"):
-        tried = learning.read_study(STUDIES / f"rates-{name}.json")
-        final = learning.read_study(STUDIES / f"compare-{name}.json")
+    for compared, rates in COMPARED.items():
+        tried = learning.read_study(STUDIES / f"{rates}.json")
+        final = learning.read_study(STUDIES / f"{compared}.json")
         assert {config["eval-split"] for config in tried} == {"train"}
         assert not {config["seed"] for config in tried} & {config["seed"] for config in final}
         differing = {"lr-rows", "lr-bank", "seed", "eval-split"}
@@ -162,9 +168,9 @@ def test_rates_are_not_chosen_on_what_is_compared():
 
 def test_the_rates_that_are_tried_are_those_of_a_comparison():
     """Half, once and twice what a run has by default."""
-    for name in ("sst2", "banking77"):
+    for rates in COMPARED.values():
         tried: dict[str, set[float]] = {}
-        for config in learning.read_study(STUDIES / f"rates-{name}.json"):
+        for config in learning.read_study(STUDIES / f"{rates}.json"):
             rate = next(key for key in ("lr-rows", "lr-bank") if key in config)
             tried.setdefault(str(config["adapter"]), set()).add(config[rate])
         for kind, values in tried.items():

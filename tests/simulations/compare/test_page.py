@@ -12,7 +12,9 @@ import pytest
 from simulations.compare.files import write_files
 from simulations.compare.page import page
 from simulations.compare.plots import DARK, by_bytes, by_round, by_section, svg
-from tests.simulations.compare.made import made_comparison, made_outcome
+from simulations.compare.results import compared
+from simulations.compare.tables import verdict
+from tests.simulations.compare.made import made_comparison, made_outcome, made_result
 
 VOID = {"meta", "img", "source", "br"}
 
@@ -83,7 +85,24 @@ def test_the_report_tells_verdict_protocol_and_rates(report: str):
 
 
 def test_what_was_skipped_is_said():
-    assert "Skipped: rates were not tuned." in page(made_outcome(Path("cmp"), tune=0), "fedvb compare")
+    outcome = made_outcome(Path("cmp"), tune=0)
+    assert "Skipped: rates were not tuned." in page(outcome, "fedvb compare")
+    assert outcome.verdict[-1].startswith("Rates were not tuned: ")
+    assert made_outcome(Path("cmp")).verdict == verdict(outcome.comparison)
+
+
+def test_each_row_shows_its_own_sections_around_its_middle():
+    groups = {
+        "lora:8": [made_result(0, [0.5, 0.8], 900, rows=300.0, head=100.0, frame=50.0)],
+        "vblora": [made_result(0, [0.5, 0.8], 200, bank=60.0, head=40.0)],
+    }
+    figure = by_section(compared(groups, "lora:8", "accuracy"))
+    bars = [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in figure.axes[0].patches]
+    middles = {size: round(middle, 3) for middle, size in bars}
+    assert len(bars) == 5
+    assert middles[100.0] == 1
+    assert middles[300.0] > 1 > middles[50.0]
+    assert middles[60.0] + middles[40.0] == pytest.approx(0)
 
 
 @pytest.mark.parametrize("draw", [by_round, by_bytes, by_section])

@@ -84,6 +84,7 @@ def test_rates_are_chosen_on_other_texts_and_other_seeds():
     [
         ({"seeds": 0}, "seeds is 0, expected at least 1"),
         ({"tune": -1}, "tune is -1"),
+        ({"base": {**default_config(), "eval-split": "train"}}, "'train', of which rates are chosen"),
         (
             {"base": {**default_config(), "seed": 999}},
             "seed is 999: seeds from 1000 on are those of the tuning",
