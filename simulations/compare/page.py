@@ -68,10 +68,11 @@ def _template() -> str:
 
 def _about(protocol: Protocol, comparison: Comparison) -> str:
     base = protocol.base
+    by = "label" if base["partition"] == "auto" and comparison.metric == "accuracy" else base["partition"]
     seeds = "one seed" if protocol.seeds == 1 else f"{protocol.seeds} seeds"
     return (
         f"{base['clients']} clients, {base['clients-per-round']} a round, {base['rounds']} rounds of "
-        f"{base['local-steps']} steps of {base['batch-size']} texts, dealt by {base['partition']}; {seeds}. "
+        f"{base['local-steps']} steps of {base['batch-size']} texts, dealt by {by}; {seeds}. "
         f"The score is {comparison.metric} on held-out texts"
         f"{'' if comparison.higher_is_better else ', lower is better'}."
     )
