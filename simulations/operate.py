@@ -150,7 +150,7 @@ def watch(
     host: Annotated[str, typer.Option(help="Address to serve them on.")] = "127.0.0.1",
     once: Annotated[bool, typer.Option("--once", help="Tell what is there, and end.")] = False,
 ) -> None:
-    """Publish a run's rounds while they come: pip install 'fed-vblora[monitor]'."""
+    """Publish a run's rounds while they come; needs the extra "monitor" of fed-vblora."""
     from simulations import watch as publish
 
     if tensorboard is None and prometheus is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,28 @@ def test_systemd_takes_the_units(tmp_path: Path):
         ["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False
     )
     assert "'Restrat'" in done.stderr, "it would have told"
+
+
+def test_the_app_that_travels_holds_all_that_the_apps_import(tmp_path: Path):
+    packages = ("vblora", "fl_client", "fl_server")
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["fab-include"]
+    assert [path for path in told if path.endswith("/**")] == [f"/{name}/**" for name in packages]
+    code = (
+        "import sys; sys.modules['simulations'] = None; import fl_client.app, fl_server.app; "
+        "import fl_client.serve, fl_client.opening; print(fl_client.app.__file__)"
+    )
+    for name in packages:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(str(tmp_path))
 
 
 def test_a_node_cannot_reach_the_texts():

@@ -209,7 +209,11 @@ def test_prometheus_tells_the_last_round(finished: Path):
 
 
 def test_what_watch_needs_is_named(fedvb: Run, finished: Path, monkeypatch: pytest.MonkeyPatch):
+    assert 'needs the extra "monitor"' in " ".join(fedvb("watch", "--help").out.split())
     assert "name --tensorboard DIR, --prometheus PORT" in fedvb("watch", finished).err
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     told = fedvb("watch", finished, "--tensorboard", "board")
+    assert (told.code, "pip install 'fed-vblora[monitor]'" in told.err) == (2, True)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    told = fedvb("watch", finished, "--prometheus", "9100")
     assert (told.code, "pip install 'fed-vblora[monitor]'" in told.err) == (2, True)
