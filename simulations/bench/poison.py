@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -52,7 +54,10 @@ def run(config: Mapping[str, Any], factors: Sequence[float]) -> list[Row]:
     """Train once for each factor (0 cuts nothing), with and without the liar; print the scores."""
     logging.getLogger("fl_server").setLevel(logging.ERROR)
     site = open_site(SiteSettings.from_run_config(config))
-    rows = [measure(site, config, factor, lies) for lies in (False, True) for factor in factors]
+    rows = []
+    for lies, factor in product((False, True), factors):
+        rows.append(measure(site, config, factor, lies))
+        print(f"{len(rows)} of {2 * len(factors)} runs: {rows[-1].final:.3f}", file=sys.stderr, flush=True)
     columns: dict[str, Callable[[Any], str]] = {
         "client 1": lambda row: "lies" if row.poisoned else "honest",
         "clip-updates": lambda row: f"{row.factor:g}" if row.factor else "off",

@@ -23,12 +23,14 @@ from simulations.replay import replayed_update
 from tests.deploy.conftest import write_texts
 from tests.deploy.federation import Federation
 from tests.deploy.proxy import Proxy
+from tests.deploy.witness import read_records
 from vblora.rounding import WIRES, round_update
 from vblora.state import TopK
 from vblora.wire import decode_state, encode_state, encode_update, initial
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(590)]
 
+ROUNDS = 6  # of the two adapters
 IDLE = 20.0  # seconds for which an idle node is watched
 MESSAGES = 12_000  # bytes beside the blob that the messages of a round may cost up
 
@@ -82,20 +84,25 @@ def test_a_client_and_round_beside_loras(folder: Path, minilm: Path):
                 federation.register(site)
                 federation.start_node(site, superlink=proxy.port)
             up: dict[str, float] = {}
-            told: dict[str, int] = {}
-            options = {"rounds": 3, "eval_every": 3, "local_steps": 3, "batch_size": 4}
-            federation.run(folder / "app", **options)  # Flower sends the app to each node with the first run
+            told: dict[str, float] = {}
+            options = {"rounds": ROUNDS, "eval_every": ROUNDS, "local_steps": 3, "batch_size": 4}
             for adapter in ("vblora", "lora"):
-                before = first.up + second.up, first.down + second.down
-                summary = federation.run(folder / adapter, adapter=adapter, **options)
-                up[adapter] = (first.up + second.up - before[0]) / 6
-                down = (first.down + second.down - before[1]) / 6
-                told[adapter] = summary["bytes"]["up_per_client_round"]
+                marks = watch(folder / adapter, first, second)
+                before = first.down + second.down
+                federation.run(folder / adapter, adapter=adapter, **options)
+                (_, start_up, start_down), (_, end_up, end_down) = marks[1], marks[ROUNDS - 1]
+                shares = 2 * (ROUNDS - 2)  # of rounds without the app, which comes first, and the last score
+                up[adapter] = (end_up - start_up) / shares
+                down = (end_down - start_down) / shares
+                records = read_records(folder / adapter)[2:ROUNDS]
+                told[adapter] = sum(record["bytes"]["up"] for record in records) / shares
+                below = sum(record["bytes"]["down"] for record in records) / shares
                 print(
-                    f"{adapter}: a client and round {up[adapter]:,.0f} B up and {down:,.0f} B down on the "
-                    f"socket, {told[adapter]:,} B up in blobs"
+                    f"{adapter}: a client and round {up[adapter]:,.0f} B up, {told[adapter]:,.0f} of them "
+                    f"blob, and {down:,.0f} B down, {below:,.0f} of them blob; before it, with the app, "
+                    f"{(marks[0][2] - before) / 2:,.0f} B down once a run"
                 )
-    assert up["vblora"] > told["vblora"]
+    assert up["vblora"] > told["vblora"] > 0
     # What Flower adds is the same for both, but for the polls of a longer round.
     assert up["lora"] - up["vblora"] == pytest.approx(told["lora"] - told["vblora"], rel=0.25)
 
@@ -124,10 +131,10 @@ def test_where_the_bytes_of_a_round_go(shape: str, folder: Path):
                 whole = proxy.up - before
         finally:
             server.stop(grace=None).wait()
-    records = [json.loads(line) for line in (folder / "run" / "history.jsonl").read_text().splitlines()]
+    records = read_records(folder / "run")
     # Rounds 2 to 5: in 1 the app is fetched, after 6 the model is scored.
-    spent = [up - earlier for (_, earlier), (_, up) in pairwise(marks[1:6])]
-    took = [now - then for (then, _), (now, _) in pairwise(marks[1:6])]
+    spent = [up - earlier for (_, earlier, _), (_, up, _) in pairwise(marks[1:6])]
+    took = [now - then for (then, *_), (now, *_) in pairwise(marks[1:6])]
     blobs = [record["bytes"]["up"] for record in records[2:6]]
     beside = [up - blob for up, blob in zip(spent, blobs, strict=True)]
     messages = median(beside) - idle * median(took)
@@ -151,15 +158,16 @@ def until_quiet(proxy: Proxy) -> int:
     return seen
 
 
-def watch(out: Path, proxy: Proxy) -> list[tuple[float, int]]:
-    """When each round of a run was over, and the bytes up so far; filled as the run goes on."""
-    marks: list[tuple[float, int]] = []
+def watch(out: Path, *proxies: Proxy) -> list[tuple[float, int, int]]:
+    """When each round of a run was over, and the bytes up and down so far; filled as the run goes on."""
+    marks: list[tuple[float, int, int]] = []
 
     def look() -> None:
         while not (out / "summary.json").exists():
             path = out / "history.jsonl"
             count = path.read_bytes().count(b"\n") if path.exists() else 0
-            marks.extend([(time.monotonic(), proxy.up)] * (count - len(marks)))
+            now = time.monotonic(), sum(one.up for one in proxies), sum(one.down for one in proxies)
+            marks.extend([now] * (count - len(marks)))
             time.sleep(0.05)
 
     threading.Thread(target=look, daemon=True).start()
@@ -184,7 +192,7 @@ def test_a_7b_shape_over_a_thin_line(folder: Path):
                 print(f"run of 2 rounds {time.monotonic() - started:.1f} s, app and polling included")
         finally:
             server.stop(grace=None).wait()
-    records = [json.loads(line) for line in (folder / "run" / "history.jsonl").read_text().splitlines()]
+    records = read_records(folder / "run")
     lora = shape_blueprint("Llama-2-7B", lora=True)
     start = initial(lora)
     heavy = 4 * lora.stored_parameters
