@@ -76,9 +76,8 @@ def run_trainer(
                 f"socket {path}: another trainer answers there; give this one a --socket of its own"
             )
         service = _Service(Resident(own, state, budget), str(own["model"]), str(own["data"]), stopped)
-        server = _listen(
-            path, service
-        )  # first of all: whoever asks early waits, instead of loading by itself
+        # First of all: whoever asks early waits, instead of loading by itself.
+        server = _listen(path, service)
         try:
             service.load(expected or {})
             log.info("ready at %s", path)
