@@ -67,6 +67,8 @@ class Trainer:
 @pytest.fixture
 def start(folder: Path, minilm: Path) -> Iterator[Callable[..., Trainer]]:
     data = write_texts(folder / "notes.csv", LABELS, 40, 1)
+    # Where the tests run in the background, SIGINT is ignored, and would be by what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     made: list[Trainer] = []
 
     def start(*options: str) -> Trainer:
@@ -74,6 +76,7 @@ def start(folder: Path, minilm: Path) -> Iterator[Callable[..., Trainer]]:
         return made[-1]
 
     yield start
+    signal.signal(signal.SIGINT, before)
     for one in made:
         if one.process.poll() is None:
             one.process.kill()
