@@ -14,7 +14,7 @@ from fl_client.mixing import mix
 from fl_client.tables import Table
 from vblora.errors import ConfigError, DataError
 
-__all__ = ["Partition", "parse_partition", "partition"]
+__all__ = ["AUTO_ALPHA", "Partition", "parse_partition", "partition"]
 
 Rows = NDArray[np.int64]
 

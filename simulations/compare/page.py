@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from fl_client.partition import AUTO_ALPHA
 from simulations.compare.plots import DARK, LIGHT, Theme, by_bytes, by_round, by_section, svg
 from simulations.compare.protocol import GRID, TUNING_SEEDS, Protocol
 from simulations.compare.results import FLOAT32, Comparison
@@ -68,7 +69,8 @@ def _template() -> str:
 
 def _about(protocol: Protocol, comparison: Comparison) -> str:
     base = protocol.base
-    by = "label" if base["partition"] == "auto" and comparison.metric == "accuracy" else base["partition"]
+    labelled = base["partition"] == "auto" and comparison.metric == "accuracy"
+    by = f"dirichlet:{AUTO_ALPHA:g}" if labelled else base["partition"]
     seeds = "one seed" if protocol.seeds == 1 else f"{protocol.seeds} seeds"
     return (
         f"{base['clients']} clients, {base['clients-per-round']} a round, {base['rounds']} rounds of "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -82,6 +83,12 @@ def test_the_report_tells_verdict_protocol_and_rates(report: str):
         assert told in report
     assert "<b>" not in report
     assert "$" not in re.sub(r"base64,[^\"]*", "", report)
+
+
+def test_how_texts_are_dealt_is_told_where_nobody_chose():
+    outcome = made_outcome(Path("cmp"))
+    protocol = replace(outcome.protocol, base={**outcome.protocol.base, "partition": "auto"})
+    assert "dealt by dirichlet:0.5; " in page(replace(outcome, protocol=protocol), "fedvb compare")
 
 
 def test_what_was_skipped_is_said():
