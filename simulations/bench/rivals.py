@@ -155,15 +155,20 @@ def _texts(runs: Runs, name: str) -> str:
 
 
 def _name(method: Config, methods: Sequence[Config]) -> str:
-    """KIND or KIND:NUMBER, what else differs among methods of its kind, and whether nothing is rounded."""
+    """KIND or KIND:NUMBER, what else differs among methods of its kind, and whether nothing is rounded.
+
+    A rate is told among those of its number alone: each number may have found its own.
+    """
     kind = _kind(method)
     number = NUMBERS[kind]
     text = f"{kind}:{method[number]}" if number in method else kind
     alike = [other for other in methods if _kind(other) == kind and _lossless(other) == _lossless(method)]
+    same = [other for other in alike if other.get(number) == method.get(number)]
     told = [
         f"{name}={value}"
         for name, value in method.items()
-        if name not in ("adapter", number) and any(other.get(name) != value for other in alike)
+        if name not in ("adapter", number)
+        and any(other.get(name) != value for other in (same if name in RATES else alike))
     ]
     return " ".join([text, *told]) + FLOAT32 * _lossless(method)
 

@@ -85,6 +85,19 @@ def test_methods_are_compared_within_a_protocol():
         assert (good.fewer, good.targets[0.98].median, bad.targets[0.95].count) == (100, 10, 0)
 
 
+def test_numbers_that_found_rates_of_their_own_keep_their_names():
+    """Else LoRA through the codec would not be known as the baseline's."""
+    kinds = [
+        {"rank": 8, "wire": "lossless", "lr_rows": 1.0},
+        {"rank": 8, "lr_rows": 1.0},
+        {"rank": 32, "lr_rows": 2.0},
+    ]
+    found = [result(0, [0.5, 0.8], 1000, adapter="lora", **keys) for keys in kinds]
+    ((_, comparison),) = comparisons(found)
+    assert [row.name for row in comparison.rows] == ["lora:8 float32", "lora:8", "lora:32"]
+    assert "| fewer than lora:8 float32 | fewer than lora:8 |" in tables(found)
+
+
 def test_the_best_lora_is_the_baseline():
     found = [
         result(0, [0.5, 0.7], 10, adapter="lora", rank=8, lr_rows=1.0),
