@@ -36,7 +36,7 @@ from fl_client.settings import SiteSettings
 from fl_server.plot import read_history
 from fl_server.rounds import run_rounds
 from fl_server.settings import ServerSettings
-from simulations.bench.origin import commit_of_code, read_results, retold_command, with_rates
+from simulations.bench.origin import commit_of_code, read_results, retold_commands, with_rates
 from simulations.bench.rivals import comparisons, tables
 from simulations.compare.results import trace
 from simulations.direct import DirectExchange
@@ -202,7 +202,7 @@ def _run(given: argparse.Namespace) -> None:
         prepare(configs, given.texts)
         return
     origin = {
-        "command": retold_command(given.study, given.rates),
+        "command": retold_commands(given.study, given.rates),
         "commit": given.commit or commit_of_code(),
     }
     results = _run_all(configs, given.texts, given.processes, given.seconds, given.json, origin)

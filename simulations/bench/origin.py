@@ -12,7 +12,7 @@ from typing import Any
 from simulations.bench.rivals import RATES, method_of
 from vblora.errors import RunError
 
-__all__ = ["commit_of_code", "read_results", "retold_command", "with_rates"]
+__all__ = ["commit_of_code", "read_results", "retold_commands", "with_rates"]
 
 Result = dict[str, Any]
 Config = dict[str, Any]
@@ -33,12 +33,20 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def retold_command(study: Path, rates: Sequence[Path]) -> str:
-    """The command that trains a study again, without paths of this machine."""
+def retold_commands(study: Path, rates: Sequence[Path]) -> str:
+    """The commands that train a study again, a line each, its rates first; no path of this machine."""
     absolute = study.resolve()
     name = absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else Path(study.name)
+    before = [
+        f"{command} --json {path.name}"
+        for path in rates
+        for command in dict.fromkeys(
+            one["origin"]["command"] for one in read_results([path]) if "origin" in one
+        )
+    ]
     chosen = "".join(f" --rates {path.name}" for path in rates)
-    return f"python -m simulations.bench.learning {name.as_posix()} --texts texts{chosen}"
+    own = f"python -m simulations.bench.learning {name.as_posix()} --texts texts{chosen}"
+    return "\n".join([*before, own])
 
 
 def read_results(paths: Iterable[Path]) -> list[Result]:

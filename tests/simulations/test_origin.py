@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from simulations.bench import learning, origin
-from simulations.bench.origin import commit_of_code, read_results, retold_command, with_rates
+from simulations.bench.origin import commit_of_code, read_results, retold_commands, with_rates
 from simulations.bench.rivals import tables
 from tests.conftest import ROOT
 from tests.simulations.test_rivals import COMPARED, STUDIES, result
@@ -91,12 +91,16 @@ def test_the_commit_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert commit_of_code() == f"{commit}+"
 
 
-def test_the_command_names_no_path_of_this_machine(tmp_path: Path):
-    inside = STUDIES / "sst2.json"
-    assert retold_command(inside, [tmp_path / "rates.json"]) == (
-        f"python -m simulations.bench.learning {inside.relative_to(ROOT)} --texts texts --rates rates.json"
+def test_the_commands_name_no_path_of_this_machine(tmp_path: Path):
+    inside, rates = STUDIES / "sst2.json", tmp_path / "rates.json"
+    rates.write_text(json.dumps([{"config": {}, "origin": {"command": "python rates"}}] * 2))
+    assert retold_commands(inside, [rates]).splitlines() == [
+        "python rates --json rates.json",
+        f"python -m simulations.bench.learning {inside.relative_to(ROOT)} --texts texts --rates rates.json",
+    ]
+    assert retold_commands(tmp_path / "other.json", []) == (
+        "python -m simulations.bench.learning other.json --texts texts"
     )
-    assert "learning other.json --texts" in retold_command(tmp_path / "other.json", [])
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"score": 1}]'])
