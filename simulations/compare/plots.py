@@ -35,6 +35,7 @@ DARK = Theme(
 )
 MARKERS = "os^Dv<>P"
 WIDTH, HEIGHT = 4.5, 4.2  # inches; about a phone's width, so that letters stay readable there
+LONGEST_IN_TWO = 24  # letters of an entry of the legend, for two columns
 
 
 def by_round(comparison: Comparison, theme: Theme = LIGHT) -> Any:
@@ -168,10 +169,12 @@ def _line(
 
 
 def _finish(axes: Any, figure: Any, theme: Theme) -> None:
+    handles, labels = axes.get_legend_handles_labels()
     figure.legend(
-        *axes.get_legend_handles_labels(),
+        handles,
+        labels,
         loc="outside lower center",
-        ncols=2,
+        ncols=2 if max(map(len, labels), default=0) <= LONGEST_IN_TWO else 1,
         frameon=False,
         labelcolor=theme.text,
     )

@@ -15,7 +15,7 @@ from tests.simulations.conftest import small_config
 
 def test_a_liar_wrecks_the_score_unless_it_is_cut_back(tiny_bert: Path, topics: Path, tmp_path: Path):
     changes = {"clients": 6, "clients_per_round": 6, "rounds": 6, "local_steps": 15, "partition": "iid"}
-    rates = {"lr_bank": 0.03, "lr_head": 0.05, "batch_size": 16, "eval_every": 6}
+    rates = {"lr_bank": 0.03, "lr_head": 0.2, "batch_size": 16, "eval_every": 6}
     config = small_config(tiny_bert, topics, tmp_path, **changes, **rates)
     site = open_site(SiteSettings.from_run_config(config))
     honest = measure(site, config, 0.0, False)
