@@ -30,6 +30,7 @@ Methods = Mapping[str, tuple[Config, Runs]]
 PROTOCOL = frozenset(
     [entry.name.replace("_", "-") for kind in (DataSettings, HazardSettings) for entry in fields(kind)]
     + ["model", "clients-per-round", "rounds", "local-steps", "batch-size", "eval-every", "late-clients"]
+    + ["device", "dtype"]
 )
 # Those that every table tells in words; the others where they are given.
 TOLD = frozenset(

@@ -61,7 +61,7 @@ def test_rates_are_never_chosen_on_what_is_compared():
 
 @pytest.mark.parametrize(
     ("compared", "rates"),
-    [*COMPARED.items(), ("compare-deals", "rates-sst2"), ("compare-crowds", "rates-sst2")],
+    [*COMPARED.items(), ("compare-crowds", "rates-sst2")],
 )
 def test_the_studies_of_rates_serve_those_of_the_comparison(compared: str, rates: str):
     tried = learning.read_study(STUDIES / f"{rates}.json")
@@ -92,7 +92,7 @@ def test_the_commit_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_the_commands_name_no_path_of_this_machine(tmp_path: Path):
-    inside, rates = STUDIES / "sst2.json", tmp_path / "rates.json"
+    inside, rates = STUDIES / "compare-sst2.json", tmp_path / "rates.json"
     rates.write_text(json.dumps([{"config": {}, "origin": {"command": "python rates"}}] * 2))
     assert retold_commands(inside, [rates]).splitlines() == [
         "python rates --json rates.json",

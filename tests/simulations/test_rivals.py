@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,23 @@ COMPARED = {  # studies, and those of their rates
 }
 
 
+def test_the_docs_name_studies_that_there_are():
+    named = {
+        name
+        for path in (ROOT / "docs").glob("*.md")
+        for name in re.findall(r"(?:studies|\$S)/([\w-]+\.json)", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 5
+    assert named <= {path.name for path in STUDIES.iterdir()}
+
+
 def test_rates_are_not_chosen_on_what_is_compared():
     for compared, rates in COMPARED.items():
         tried = learning.read_study(STUDIES / f"{rates}.json")
         final = learning.read_study(STUDIES / f"{compared}.json")
         assert {config["eval-split"] for config in tried} == {"train"}
         assert not {config["seed"] for config in tried} & {config["seed"] for config in final}
-        differing = {"lr-rows", "lr-bank", "seed", "eval-split"}
+        differing = {"lr-rows", "lr-bank", "seed", "eval-split", "dtype"}
         methods = [
             {
                 json.dumps({k: v for k, v in config.items() if k not in differing}, sort_keys=True)
