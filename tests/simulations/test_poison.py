@@ -28,6 +28,7 @@ def test_a_liar_wrecks_the_score_unless_it_is_cut_back(tiny_bert: Path, topics: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_sst2_survives_a_liar(assets: Path, minilm: Path, capsys: pytest.CaptureFixture[str]):
     given = {"model": str(minilm), "data": str(assets / "data" / "sst2"), "max-examples": 4000}
     given |= {"clients": 5, "clients-per-round": 5, "rounds": 8, "local-steps": 10, "max-length": 48}
