@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from vblora.norms import fuse_norms
 from vblora.spec import Blueprint
 
 __all__ = ["Texts", "assemble", "load_texts", "make_blueprint", "save_texts", "task_of"]
+
+log = logging.getLogger(__name__)
 
 AT_ONCE = 32  # clients scored in one forward on a GPU; its tokens are bounded, however many they are
 
@@ -79,7 +82,7 @@ def assemble(settings: SiteSettings, texts: Texts, base: Base) -> Site:
     if compute.fused_norms and on_gpu:
         fuse_norms(base.model)
     model = AdaptedModel(base.model, blueprint, recompute=compute.recompute)
-    return Site(
+    site = Site(
         settings=settings,
         model=model,
         task=task_of(texts.labels),
@@ -96,6 +99,18 @@ def assemble(settings: SiteSettings, texts: Texts, base: Base) -> Site:
         memory=Memory(Path(settings.state) if settings.state else None),
         salt=zlib.crc32(texts.train.tokens.tobytes()) if len(texts.parts) == 1 else 0,
     )
+    _tell_of_one_label(site)
+    return site
+
+
+def _tell_of_one_label(site: Site) -> None:
+    clients = len(site.parts)
+    if still := sum(not site.pace(client) for client in range(clients)):
+        log.warning(
+            "%d of %d clients have texts of one label only; they teach a shared head nothing (label-mix)",
+            still,
+            clients,
+        )
 
 
 def make_blueprint(settings: SiteSettings, labels: tuple[str, ...], base: nn.Module) -> Blueprint:

@@ -1,7 +1,8 @@
 """How mixed a client's labels are, and so how much of a shared model it can teach.
 
 What sets classes apart cannot be learned from texts of one class; a client with little else teaches a shared
-head its own class, and Adam, which knows no size of a gradient, lets it do so as fast as any other.
+head its own class, and Adam, which knows no size of a gradient, lets it do so as fast as any other. Slowed,
+it still counts in the mean with all its texts, and so holds the others back as well.
 """
 
 from __future__ import annotations

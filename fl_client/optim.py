@@ -46,7 +46,7 @@ class AdamW:
         self,
         tensors: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
-        active: Tensor | None,
+        share: Tensor | None,
         scale: float = 1.0,
     ) -> None:
         """Change `tensors` in place.
@@ -54,8 +54,8 @@ class AdamW:
         Args:
             tensors: (C, ...) by name.
             gradients: the same shapes.
-            active: (C,) float32, how much of this step each client takes, 0 to 1; None for all of it. Clients
-                may end early, not start late.
+            share: (C,), of this step, that each client takes: 0 to 1, or whether it does; None for all of it.
+                Clients may end early, not start late.
             scale: of all rates in this step.
 
         Raises:
@@ -68,8 +68,8 @@ class AdamW:
         clipping = self._clip(gradients)
         for name, tensor in tensors.items():
             gradient = gradients[name] if clipping is None else gradients[name] * _as(clipping, tensor)
-            if active is not None:  # not by a product: 0 * NaN is NaN
-                gradient = torch.where(_as(active, tensor) > 0, gradient, 0.0)
+            if share is not None:  # not by a product: 0 * NaN is NaN
+                gradient = torch.where(_as(share, tensor) > 0, gradient, 0.0)
             if name not in self._first:
                 self._first[name], self._second[name] = torch.zeros_like(tensor), torch.zeros_like(tensor)
             first, second = self._first[name], self._second[name]
@@ -82,13 +82,13 @@ class AdamW:
             rate = scale * self.rates[name]
             if self.weight_decay:
                 lost = rate * self.weight_decay
-                tensor.mul_(1 - lost if active is None else 1 - lost * _as(active, tensor))
+                tensor.mul_(1 - lost if share is None else 1 - lost * _as(share, tensor))
             rate /= 1 - beta1**self._step
-            if active is None:
+            if share is None:
                 tensor.addcdiv_(first, (second.sqrt() / root).add_(self.epsilon), value=-rate)
             else:
                 change = first / (second.sqrt() / root).add_(self.epsilon)
-                tensor.sub_(change * (rate * _as(active, tensor)))
+                tensor.sub_(change * (rate * _as(share, tensor)))
 
     def widen(self, name: str, count: int) -> None:
         """Append `count` places to the last axis of a tensor's moments: zero, as never touched."""

@@ -193,8 +193,6 @@ def _survey(texts: Texts, max_length: int) -> str:
         told.append(f"{len(texts.labels)} labels ({', '.join(named[:8])}{', ...' if len(named) > 8 else ''})")
         if absent := int((counts == 0).sum()):
             told.append(f"{absent} labels without a text here")
-        if counts.max() == len(lengths):
-            told.append("all of one label, which teaches a shared head nothing (label-mix)")
     cut = int((lengths >= max_length).sum()) if texts.train.begins is None else 0
     longest = f"longest {int(lengths.max())} tokens"
     told.append(longest + (f", {cut:,} texts at --max-length {max_length}" if cut else ""))

@@ -144,6 +144,12 @@ class Site:
         results = self.sizer.run(ordered, train, lambda group: padding([shapes[client] for client in group]))
         yield from zip(ordered, results, strict=True)
 
+    def pace(self, client: int) -> float:
+        """Of a client's rates. A head of its own may well learn how often the client meets each label."""
+        labels, targets = len(self.blueprint.labels), self.train.targets[self.parts[client]]
+        slowed = self.settings.local.label_mix and "head" not in self.settings.personal.parts
+        return label_mixture(targets, labels) if slowed and labels > 1 and len(targets) else 1.0
+
     def by_work(self, clients: Iterable[int], round_number: int) -> list[int]:
         """Clients ordered by what they have to do in a round, most first."""
         fates = {client: self.fate(round_number, client) for client in clients}
@@ -194,16 +200,7 @@ class Site:
 
     def _job(self, client: int, steps: int, round_number: int, start: State | None) -> Job:
         examples = self.train.take(self.parts[client])
-        return Job(
-            str(client), examples, self._seed(client, round_number), steps, start, self._pace(examples)
-        )
-
-    def _pace(self, examples: Examples) -> float:
-        """Of a client's rates. A head of its own may well learn how often the client meets each label."""
-        labels = len(self.blueprint.labels)
-        if not self.settings.local.label_mix or labels < 2 or "head" in self.settings.personal.parts:
-            return 1.0
-        return label_mixture(examples.targets, labels)
+        return Job(str(client), examples, self._seed(client, round_number), steps, start, self.pace(client))
 
     def _seed(self, client: int, round_number: int) -> tuple[int, ...]:
         return self.settings.data.seed, round_number, client + self.salt

@@ -46,7 +46,7 @@ class LocalSettings:
             sign and no size.
         clip_norm: largest gradient norm; 0 is off.
         weight_decay: of AdamW, on kinds without a bank.
-        prox: weight of FedProx' pull towards the reference (arXiv 1812.06127), on everything but logits.
+        prox: weight of FedProx' pull towards where the client started (arXiv 1812.06127), on all but logits.
         label_mix: slow clients whose labels are not mixed, see `fl_client.mixture`; where the head is
             personal, none is.
     """

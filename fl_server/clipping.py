@@ -9,7 +9,8 @@ they can do is bounded by the share of examples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -33,7 +34,8 @@ def clip_updates(updates: Mapping[str, Update], factor: float) -> tuple[dict[str
 
     Args:
         updates: of one round, by client; their order does not matter.
-        factor: at least 1. With fewer than three updates a median says nothing, and nothing is cut.
+        factor: at least 1. With fewer than three updates a median says nothing, and nothing is cut. Nor do
+            those that change nothing, as clients of one label do: they are no part of it.
 
     Returns:
         The updates, and what was cut of which client, for the log.
@@ -44,7 +46,7 @@ def clip_updates(updates: Mapping[str, Update], factor: float) -> tuple[dict[str
     examples = {name: min(update.examples, most) for name, update in updates.items()}
     lengths = {name: norms(update) for name, update in updates.items()}
     limits = {
-        part: factor * median(examples[name] * found[part] for name, found in lengths.items())
+        part: _limit(factor, [examples[name] * found[part] for name, found in lengths.items()])
         for part in next(iter(lengths.values()))
     }
     kept, told = {}, {}
@@ -61,6 +63,12 @@ def clip_updates(updates: Mapping[str, Update], factor: float) -> tuple[dict[str
         }
         kept[name] = replace(update, dense={**update.dense, **scaled}, examples=examples[name])
     return kept, told
+
+
+def _limit(factor: float, pulls: Sequence[float]) -> float:
+    """`factor` times the median of the pulls that there are."""
+    moved = [pull for pull in pulls if pull > 0]
+    return factor * median(moved) if len(moved) > 2 else math.inf
 
 
 class Harvest:

@@ -88,7 +88,7 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "warmup": (0.25, "Share of a client's steps to warm up over."),
         "clip-norm": (0.0, "Largest gradient norm; 0 is off."),
         "weight-decay": (0.0, "Of AdamW; none with a bank."),
-        "prox": (0.0, "FedProx: pull of a client to the shared state."),
+        "prox": (0.0, "FedProx: pull of a client to where it started."),
         "label-mix": (True, "Slow clients whose labels are not mixed: one with a single label teaches none."),
         "logits-every": (1, "Rounds from one that trains logits to the next; others train the bank alone."),
         "logit-mean": ("weights", "What is averaged of the selections: mixture weights, or logits."),

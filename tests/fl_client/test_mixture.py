@@ -7,10 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fl_client.assembly import Texts, assemble
+from fl_client.base import Base
 from fl_client.mixture import label_mixture
 from fl_client.personal import PersonalSettings
 from fl_client.site import Site
 from tests.fl_client.sites import make_site
+from tests.vblora.tiny import LABELS, make_base
 from vblora.state import initial_state
 
 
@@ -53,7 +56,20 @@ def test_a_client_of_one_label_teaches_nothing():
     assert moved(of_one_label(label_mix=False)) == [True, True, True]
 
 
-def test_a_head_of_its_own_learns_what_there_is():
+@pytest.mark.parametrize(("personal", "first"), [("head", True), ("head,logits", True), ("logits", False)])
+def test_a_head_of_its_own_learns_what_there_is(personal: str, first: bool):
     site = of_one_label()
-    own = replace(site.settings, personal=PersonalSettings("head"))
-    assert moved(replace(site, settings=own)) == [True, True, True]
+    own = replace(site.settings, personal=PersonalSettings(personal))
+    assert moved(replace(site, settings=own)) == [first, True, True]
+
+
+def test_clients_of_one_label_are_told_of(caplog: pytest.LogCaptureFixture):
+    site = of_one_label()
+    texts = Texts(site.train, site.parts, site.test, site.own, LABELS, {})
+    base = Base(make_base("bert", layers=1), None, 0)
+    assemble(site.settings, texts, base)
+    assert "1 of 3 clients have texts of one label only" in caplog.text
+    caplog.clear()
+    local = replace(site.settings.local, label_mix=False)
+    assemble(replace(site.settings, local=local), texts, Base(make_base("bert", layers=1), None, 0))
+    assert not caplog.text

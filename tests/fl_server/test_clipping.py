@@ -61,3 +61,13 @@ def test_a_section_that_nobody_changes_stays():
     kept, told = clip_updates({name: make(0.0) for name in "abc"}, 1.0)
     assert told == {}
     assert all(not update.dense["bank"].any() for update in kept.values())
+
+
+def test_clients_that_change_nothing_are_no_part_of_the_median():
+    """As those of one label are: with six of ten at 0 the median would be 0, and nobody might move."""
+    still = {f"still-{n}": make(0.0) for n in range(6)}
+    updates = {**still, **{f"moved-{n}": make(1.0) for n in range(4)}}
+    assert clip_updates(updates, 1.0) == (updates, {})
+    kept, told = clip_updates({**updates, "liar": make(100.0)}, 1.5)
+    assert norms(kept["liar"])["bank"] == pytest.approx(1.5)
+    assert list(told) == ["liar"]
