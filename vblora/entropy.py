@@ -6,11 +6,13 @@ alphabet is small, whatever the largest number is, and its frequencies travel in
 constriction's (arXiv 2201.01741). Encoding is canonical: one array, one byte string.
 
 A stream: count of tokens used varint | for each: token varint (as the distance from the last), occurrences
-varint | words of the coder varint, u32 ... | plain bits, block after block of 2^14 numbers. No numbers, no
+varint | words of the coder varint, u32 ... | plain bits, run after run of 2^12 numbers. No numbers, no
 bytes. Varints are LEB128: 7 bits a byte, low first.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import constriction
 import numpy as np
@@ -19,15 +21,17 @@ from numpy.typing import NDArray
 from vblora.errors import WireError
 
 __all__ = [
+    "BLOCK",
     "LARGEST",
     "MAX_TOKENS",
     "Reader",
+    "as_whole",
     "decode_integers",
     "decode_symbols",
     "encode_integers",
     "entropy_bits",
     "from_tokens",
-    "plain_bits",
+    "plain_runs",
     "plain_width",
     "to_tokens",
     "varint",
@@ -41,30 +45,30 @@ LONGEST = 31
 LARGEST = (1 << LONGEST) - 1
 FIRST_LARGE = 2 * DIRECT
 MAX_TOKENS = FIRST_LARGE + 16 * (LONGEST - TOLD)
-BLOCK = 1 << 14  # numbers decoded at once: the temporaries stay small beside the result
+BLOCK = 1 << 12  # numbers whose plain bits lie together, decoded at once: temporaries stay small
 
 
 def encode_integers(numbers: NDArray[np.signedinteger]) -> bytes:
     """Write integers of any shape, in C order, each of size `LARGEST` at most."""
-    flat = np.ascontiguousarray(numbers, np.int64).reshape(-1)
+    flat = as_whole(numbers).reshape(-1)
     if not flat.size:
         return b""
     tokens = to_tokens(flat)
-    occurrences = np.bincount(tokens, minlength=MAX_TOKENS)
+    occurrences = np.bincount(tokens)
     used = np.flatnonzero(occurrences)
-    counts, symbols = occurrences[used], (np.cumsum(occurrences > 0) - 1)[tokens]
-    table = b"".join(
-        varint(int(step)) + varint(int(count))
-        for step, count in zip(np.diff(used, prepend=0), counts, strict=True)
-    )
+    counts = occurrences[used]
+    table, last = [varint(len(used))], 0
+    for token, count in zip(used.tolist(), counts.tolist(), strict=True):
+        table += [varint(token - last), varint(count)]
+        last = token
     words = np.empty(0, np.uint32)
     if len(used) > 1:
+        numbered = np.zeros(len(occurrences), np.int32)
+        numbered[used] = np.arange(len(used))
         encoder = constriction.stream.queue.RangeEncoder()
-        encoder.encode(symbols.astype(np.int32), _model(counts))
+        encoder.encode(numbered[tokens], _model(counts))
         words = encoder.get_compressed()
-    coded = varint(len(words)) + words.astype("<u4").tobytes()
-    plain = b"".join(plain_bits(flat[start : start + BLOCK]) for start in range(0, len(flat), BLOCK))
-    return varint(len(used)) + table + coded + plain
+    return b"".join([*table, varint(len(words)), words.astype("<u4").tobytes(), *plain_runs(flat)])
 
 
 def decode_integers(data: Reader, count: int) -> NDArray[np.int32]:
@@ -174,28 +178,40 @@ class Reader:
             raise WireError(f"payload: {len(self._left)} bytes are left over")
 
 
-def to_tokens(flat: Ints) -> Ints:
-    """The token of each number."""
-    size = np.abs(flat)
-    if flat.size and int(size.max()) > LARGEST:
-        raise WireError(f"integers: {int(size.max())} is the largest, expected {LARGEST} at most")
-    tokens = 2 * size - (flat < 0)  # 0, -1, 1, -2, 2, ...
-    large = np.flatnonzero(size >= DIRECT)
-    size, lengths = size[large], _lengths(size[large])
-    lead = size >> (lengths - LEADING)  # 4 to 7
-    tokens[large] = (
-        FIRST_LARGE + 16 * (lengths - TOLD - 1) + 4 * (lead - 4) + 2 * (size & 1) + (flat[large] < 0)
-    )
+def as_whole(numbers: NDArray[np.signedinteger]) -> NDArray[np.int32]:
+    """Numbers of any shape as int32, contiguous.
+
+    Raises:
+        WireError: one is larger than `LARGEST`.
+    """
+    if numbers.size:
+        lowest, highest = int(numbers.min()), int(numbers.max())
+        if not -LARGEST <= lowest <= highest <= LARGEST:
+            size = max(-lowest, highest)
+            raise WireError(f"integers: {size} is the largest, expected {LARGEST} at most")
+    return np.ascontiguousarray(numbers, np.int32)
+
+
+def to_tokens(flat: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The token of each number, of size `LARGEST` at most."""
+    tokens = (flat << 1) ^ (flat >> LONGEST)  # 0, -1, 1, -2, 2, ... as 0, 1, 2, 3, 4, ...
+    large = np.flatnonzero((flat >= DIRECT) | (flat <= -DIRECT))
+    if large.size:
+        size = np.abs(flat[large])
+        lengths = _lengths(size)
+        lead = size >> (lengths - LEADING)  # 4 to 7
+        tokens[large] = (
+            FIRST_LARGE + 16 * (lengths - TOLD - 1) + 4 * (lead - 4) + 2 * (size & 1) + (flat[large] < 0)
+        )
     return tokens
 
 
-def from_tokens(tokens: NDArray[np.signedinteger], data: Reader) -> NDArray[np.int32]:
+def from_tokens(tokens: NDArray[np.int32], data: Reader) -> NDArray[np.int32]:
     """The numbers that tokens stand for, with the plain bits that follow in `data`."""
-    numbers = np.asarray((tokens + 1) // 2, np.int32)
-    np.negative(numbers, out=numbers, where=tokens % 2 == 1)
+    numbers = (tokens >> 1) ^ -(tokens & 1)
     large = np.flatnonzero(tokens >= FIRST_LARGE)
     if large.size:
-        code = tokens[large].astype(np.int32) - np.int32(FIRST_LARGE)
+        code = tokens[large] - np.int32(FIRST_LARGE)
         widths = code // 16 + 1
         size = ((code % 16 // 4 + 4) << (widths + 1)) + (code % 4 // 2)
         size += _read_plain_bits(data, widths) << 1
@@ -208,17 +224,19 @@ def plain_width(tokens: NDArray[np.signedinteger]) -> NDArray[np.signedinteger]:
     return np.asarray(np.where(tokens < FIRST_LARGE, 0, (tokens - FIRST_LARGE) // 16 + 1))
 
 
-def plain_bits(flat: Ints) -> bytes:
-    """What `from_tokens` reads beside the tokens, plane by plane: the lowest of these bits of all numbers
-    that have one, then the next."""
-    size = np.abs(flat)
-    size = size[size >= DIRECT]
-    widths = _lengths(size) - TOLD
-    planes = [
-        ((size[widths > place] >> (place + 1)) & 1).astype(np.uint8)
-        for place in range(int(widths.max(initial=0)))
-    ]
-    return np.packbits(np.concatenate(planes), bitorder="little").tobytes() if planes else b""
+def plain_runs(flat: NDArray[np.int32]) -> Iterator[bytes]:
+    """What `from_tokens` reads beside the tokens of each run of `BLOCK` numbers, plane by plane: the lowest
+    of these bits of all numbers that have one, then the next."""
+    for start in range(0, len(flat), BLOCK):
+        size = np.abs(flat[start : start + BLOCK])
+        size = size[size >= DIRECT]
+        if size.size:
+            widths = _lengths(size) - TOLD
+            planes = [
+                ((size[widths > place] >> (place + 1)) & 1).astype(np.uint8)
+                for place in range(int(widths.max()))
+            ]
+            yield np.packbits(np.concatenate(planes), bitorder="little").tobytes()
 
 
 def _read_plain_bits(data: Reader, widths: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -234,9 +252,9 @@ def _read_plain_bits(data: Reader, widths: NDArray[np.int32]) -> NDArray[np.int3
     return middle
 
 
-def _lengths(size: Ints) -> Ints:
+def _lengths(size: NDArray[np.int32]) -> NDArray[np.int32]:
     """Bits of numbers above 0."""
-    return np.frexp(size.astype(np.float64))[1].astype(np.int64)
+    return np.frexp(size.astype(np.float64))[1].astype(np.int32, copy=False)
 
 
 def _read_table(data: Reader, count: int) -> tuple[NDArray[np.int32], Ints]:

@@ -14,7 +14,7 @@ from vblora.errors import WireError
 __all__ = ["FORMAT", "Encoding", "Header", "Kind", "Section", "read_blob", "section_bytes", "write_blob"]
 
 MAGIC = b"FVBL"
-FORMAT = 3
+FORMAT = 4
 HEADER = struct.Struct("<4sHBB16sQ16sQ16sI")
 MAX_AXES = 4
 NO_BASE = (1 << 64) - 1

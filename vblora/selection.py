@@ -1,11 +1,10 @@
 """The selection of every row as its difference from one that both sides hold.
 
-Most rows keep their set, many keep everything. A set is told by the places of the base's row that it lacks
-and by the new ones, as ranks among the places that the base's row does not name: places are counted in the
-row's seeded order, where the next to be chosen are nearly always the first (`vblora.candidates`); where they
-are not, as when sets are drawn evenly, packing all ranks of a row as one is shorter. Of the order only the
-largest place is told; the gaps give the others. The members of a row are counted thus: those of the base's
-row in its order, then the new ones by their places.
+Most rows keep their set, many keep everything. A row's members are those of the base's row that it keeps, in
+their order, then its new ones by their places. Of every row is told its fate: how many of the base's places
+it lacks and which member is its largest, as one number. Of rows that lack some: which, and the new ones, as
+ranks among the places that the base's row does not name. Places are counted in the row's seeded order, where
+the next to be chosen are nearly always the first (`vblora.candidates`). The gaps tell the rest of the order.
 
 Gaps are values of `vblora.gaps`: of a row that stays, with the base's set and largest place, they are told as
 moves from the base's gaps, of any other as they are. Where gaps are no such values, rows that differ are told
@@ -16,7 +15,6 @@ Axes: S rows, k places a row; n of the rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,10 +54,12 @@ class _Members:
 
     @classmethod
     def of(cls, topk: TopK, base: TopK) -> _Members:
-        k = topk.positions.shape[1]
-        hits = topk.positions[:, :, None] == base.positions[:, None, :]
+        rows, k = topk.positions.shape
+        lacks, order = np.zeros((rows, k), np.bool_), np.tile(np.arange(k), (rows, 1))
+        moved = np.flatnonzero((topk.positions != base.positions).any(axis=1))
+        hits = topk.positions[moved, :, None] == base.positions[moved, None, :]
         slots = np.where(hits.any(axis=2), hits.argmax(axis=2), k)  # k: a new one
-        lacks, order = ~hits.any(axis=1), np.lexsort((topk.positions, slots), axis=1)
+        lacks[moved], order[moved] = ~hits.any(axis=1), np.lexsort((topk.positions[moved], slots), axis=1)
         return cls(lacks, order, lacks.sum(axis=1), order.argmin(axis=1))
 
     @property
@@ -70,7 +70,7 @@ class _Members:
     def later_gaps(self, topk: TopK) -> Floats:
         """(S, k - 1) gaps of the members without the largest."""
         gaps = np.concatenate([np.zeros((len(topk.gaps), 1), np.float32), topk.gaps], axis=1)
-        later = _without(self.largest, self.order.shape[1])
+        later = _without(self.largest[:, None], self.order.shape[1])
         return np.take_along_axis(np.take_along_axis(gaps, self.order, axis=1), later, axis=1)
 
 
@@ -80,25 +80,26 @@ class Streams:
 
     Attributes:
         how: exponent of the gaps, or `IN_FULL`.
-        lacks: which of the base's places are missing.
-        fresh: (n, t) ranks of the new places of rows with t of them, rising, for t of 1 to k.
-        order: which member is the largest; where gaps are in full also the others.
+        fates: (S,) k times how many of the base's places a row lacks, plus the member that is its largest.
+        lacking: (n, t) which of the base's places are missing, of rows that lack t, rising, for t of 1 to k.
+        fresh: (n, t) ranks of the new places of the same rows, rising.
+        order: where gaps are in full, which rows differ, and their other members.
         gaps: moves and values.
         tail: gaps in full, instead.
     """
 
     how: int
-    lacks: list[Ints]
+    fates: Ints
+    lacking: list[Ints]
     fresh: list[Ints]
     order: list[Ints]
     gaps: list[Ints]
     tail: bytes = b""
 
     @property
-    def all(self) -> list[Ints]:
-        """All of whole numbers."""
-        fresh = [step for ranks in self.fresh for step in steps(ranks)]
-        return [*self.lacks, *fresh, *self.order, *self.gaps]
+    def sets(self) -> list[Ints]:
+        """Those that tell the sets and the largest members."""
+        return [self.fates, *(step for part in (*self.lacking, *self.fresh) for step in steps(part))]
 
 
 def encode_selection(topk: TopK, base: TopK, num_vectors: int) -> bytes:
@@ -107,36 +108,39 @@ def encode_selection(topk: TopK, base: TopK, num_vectors: int) -> bytes:
     Raises:
         WireError: a row does not name k different places below h.
     """
-    ordered = np.sort(topk.positions, axis=1)
+    k, ordered = topk.positions.shape[1], np.sort(topk.positions, axis=1)
     if (ordered < 0).any() or (ordered >= num_vectors).any() or (np.diff(ordered, axis=1) == 0).any():
         raise WireError(f"selection: a row names a place twice, or one that is not 0 to {num_vectors - 1}")
     found = selection_streams(topk, base)
-    free = num_vectors - topk.positions.shape[1]
-    parts = [bytes([found.how]), *map(encode_integers, found.lacks)]
-    parts += [encode_subsets(ranks, free) for ranks in found.fresh if len(ranks)]
-    parts += map(encode_integers, (*found.order, *found.gaps))
-    return b"".join([*parts, found.tail])
+    parts = [bytes([found.how]), encode_integers(found.fates)]
+    for lacking, fresh in zip(found.lacking, found.fresh, strict=True):
+        if len(fresh):
+            parts += [encode_subsets(lacking, k), encode_subsets(fresh, num_vectors - k)]
+    return b"".join([*parts, *map(encode_integers, (*found.order, *found.gaps)), found.tail])
 
 
 def selection_streams(topk: TopK, base: TopK) -> Streams:
     """What `encode_selection` writes, stream by stream."""
     members, k = _Members.of(topk, base), topk.positions.shape[1]
-    lacks = [members.lacks[rows, place].astype(np.int64) for rows, place in _lack_streams(members.lacks)]
-    ranks = _ranks(np.take_along_axis(topk.positions, members.order, axis=1), base.positions)
-    by_missing = _by_missing(members.missing, k)
-    fresh = [ranks[rows, k - count :] for count, rows in enumerate(by_missing) if count]
-    order = [members.largest[rows] for rows in by_missing]
+    fates = k * members.missing + members.largest
+    lacking, fresh = [], []
+    for count in range(1, k + 1):
+        rows = np.flatnonzero(members.missing == count)
+        named = np.take_along_axis(topk.positions[rows], members.order[rows, k - count :], axis=1)
+        lacking.append(np.nonzero(members.lacks[rows])[1].reshape(-1, count))
+        fresh.append(_ranks(named, base.positions[rows]))
     exponent = _exponent(topk, base, members)
     if exponent is None:
         differs = ~_same(topk, base)
         later = members.order.argsort(axis=1)[differs, 1 : k - 1]
         in_full = np.ascontiguousarray(topk.gaps[differs], "<f4").tobytes()
-        return Streams(IN_FULL, lacks, fresh, [*order, differs.astype(np.int64), *later.T], [], in_full)
-    gaps, stays = members.later_gaps(topk), members.stays
-    moves = [to_moves(gaps[stays], base.gaps[stays], exponent)]
-    for rows in _by_missing(np.where(stays, -1, members.missing), k):
-        moves.append(to_moves(gaps[rows], np.zeros_like(gaps[rows]), exponent))
-    return Streams(exponent, lacks, fresh, order, moves)
+        return Streams(IN_FULL, fates, lacking, fresh, [differs.astype(np.int64), *later.T], [], in_full)
+    gaps = members.later_gaps(topk)
+    moves: list[Ints] = []
+    for rows in _by_fate(fates, k):
+        start = base.gaps[rows] if not moves else np.zeros_like(gaps[rows])
+        moves.append(to_moves(gaps[rows], start, exponent))
+    return Streams(exponent, fates, lacking, fresh, [], moves)
 
 
 def decode_selection(payload: bytes | memoryview, base: TopK, num_vectors: int) -> TopK:
@@ -147,12 +151,11 @@ def decode_selection(payload: bytes | memoryview, base: TopK, num_vectors: int) 
     """
     data = Reader(payload)
     how = data.take(1)[0]
-    positions, missing = _read_sets(data, base, num_vectors)
-    largest = _read_largest(data, missing, positions.shape[1])
+    members, fates = _read_sets(data, base, num_vectors)
     if how == IN_FULL:
-        found = _read_in_full(data, base, positions, largest)
+        found = _read_in_full(data, base, members, fates)
     elif how <= COARSEST:
-        found = _read_gaps(data, base, positions, missing, largest, how)
+        found = _read_gaps(data, base, members, fates, how)
     else:
         raise WireError(f"selection: exponent {how}, expected 0 to {COARSEST}, or {IN_FULL}")
     data.finish()
@@ -180,21 +183,11 @@ def round_selection(topk: TopK, base: TopK, exponent: int, noise: np.random.Gene
     return TopK(np.where(kept, base.positions, ordered.positions), np.where(kept, base.gaps, ordered.gaps))
 
 
-# --- Streams: which rows, which column; the same for who writes and who reads --------
-
-
-def _lack_streams(lacks: Bools) -> Iterator[tuple[Ints, int]]:
-    """Place by place of the base's rows, by how many before are missing."""
-    before = np.zeros(len(lacks), np.int8)
-    for place in range(lacks.shape[1]):
-        for count in range(place + 1):
-            yield np.flatnonzero(before == count), place
-        before = before + lacks[:, place]
-
-
-def _by_missing(missing: NDArray[np.signedinteger], k: int) -> list[Ints]:
-    """Rows by how many of the base's places they lack, 0 to k."""
-    return [np.flatnonzero(missing == count) for count in range(k + 1)]
+def _by_fate(fates: NDArray[np.signedinteger], k: int) -> list[Ints]:
+    """Rows that stay, then the others by how many of the base's places they lack, 0 to k."""
+    return [np.flatnonzero(fates == 0)] + [
+        np.flatnonzero((fates >= max(1, k * count)) & (fates < k * (count + 1))) for count in range(k + 1)
+    ]
 
 
 # --- Writing -------------------------------------------------------------------------
@@ -224,63 +217,56 @@ def _same(topk: TopK, base: TopK) -> Bools:
 # --- Reading -------------------------------------------------------------------------
 
 
-def _read_sets(data: Reader, base: TopK, num_vectors: int) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
-    """(S, k) places of the members, and (S,) how many of the base's are missing."""
-    k = base.positions.shape[1]
-    lacks = np.zeros(base.positions.shape, np.bool_)
-    for rows, place in _lack_streams(lacks):  # which goes on from what is filled in here
-        lacks[rows, place] = _bounded("a place that is missing or not", decode_integers(data, rows.size), 1)
-    missing, members = lacks.sum(axis=1, dtype=np.int8), base.positions.copy()
-    for count, rows in enumerate(_by_missing(missing, k)):
-        if count and rows.size:
-            kept = lacks[rows].argsort(axis=1, kind="stable")
-            members[rows] = np.take_along_axis(base.positions[rows], kept, axis=1)
-            ranks = decode_subsets(data, rows.size, count, num_vectors - k)
-            for named in np.sort(base.positions[rows], axis=1).T:
+def _read_sets(data: Reader, base: TopK, num_vectors: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """(S, k) places of the members, and (S,) fates."""
+    rows, k = base.positions.shape
+    fates = _bounded("a row's fate", decode_integers(data, rows), k * (k + 1) - 1)
+    members = base.positions.copy()
+    for count in range(1, k + 1):
+        inside = np.flatnonzero(fates // k == count)
+        if inside.size:
+            old = base.positions[inside]
+            lacks = np.zeros(old.shape, np.bool_)
+            np.put_along_axis(lacks, decode_subsets(data, inside.size, count, k), True, axis=1)
+            kept = lacks.argsort(axis=1, kind="stable")
+            members[inside] = np.take_along_axis(old, kept, axis=1)
+            ranks = decode_subsets(data, inside.size, count, num_vectors - k)
+            for named in np.sort(old, axis=1).T:
                 ranks += ranks >= named[:, None]  # at or above the j-th named place it is one further
-            members[rows, k - count :] = ranks
-    return members, missing
-
-
-def _read_largest(data: Reader, missing: NDArray[np.int8], k: int) -> NDArray[np.int8]:
-    largest = np.zeros(len(missing), np.int8)
-    for rows in _by_missing(missing, k):
-        largest[rows] = _bounded("the largest member", decode_integers(data, rows.size), k - 1)
-    return largest
+            members[inside, k - count :] = ranks
+    return members, fates
 
 
 def _read_gaps(
-    data: Reader,
-    base: TopK,
-    members: NDArray[np.int32],
-    missing: NDArray[np.int8],
-    largest: NDArray[np.int8],
-    exponent: int,
+    data: Reader, base: TopK, members: NDArray[np.int32], fates: NDArray[np.int32], exponent: int
 ) -> TopK:
     """Gaps as moves and values; they give the order of the members."""
     rows, k = members.shape
     gaps = np.zeros((rows, k - 1), np.float32)
-    stays = (missing == 0) & (largest == 0)
-    for inside in (np.flatnonzero(stays), *_by_missing(np.where(stays, np.int8(-1), missing), k)):
-        start = np.where(stays[inside, None], base.gaps[inside], np.float32(0))
+    for number, inside in enumerate(_by_fate(fates, k)):
+        start = np.zeros((inside.size, k - 1), np.float32) if number else base.gaps[inside]
         moves = decode_integers(data, start.size).reshape(start.shape)
         values = from_moves(moves, start, exponent)
         if values is None:
             raise WireError(f"selection: a gap of {moves.min()} to {moves.max()} values is beyond the last")
         gaps[inside] = values
-    kept = (stays & (gaps.view(np.uint32) == base.gaps.view(np.uint32)).all(axis=1))[:, None]
-    first = np.take_along_axis(members, largest[:, None], axis=1)
-    later = np.take_along_axis(members, _without(largest, k), axis=1)
-    found = _in_order(np.concatenate([first, later], axis=1), gaps)
-    return TopK(np.where(kept, base.positions, found.positions), np.where(kept, base.gaps, found.gaps))
+    kept = (fates == 0) & (gaps.view(np.uint32) == base.gaps.view(np.uint32)).all(axis=1)
+    differs = np.flatnonzero(~kept)
+    own, largest = members[differs], fates[differs, None] % k
+    first = np.take_along_axis(own, largest, axis=1)
+    later = np.take_along_axis(own, _without(largest, k), axis=1)
+    found = _in_order(np.concatenate([first, later], axis=1), gaps[differs])
+    positions = base.positions.copy()
+    positions[differs], gaps[differs] = found.positions, found.gaps
+    return TopK(positions, gaps)
 
 
-def _read_in_full(data: Reader, base: TopK, members: NDArray[np.int32], largest: NDArray[np.int8]) -> TopK:
+def _read_in_full(data: Reader, base: TopK, members: NDArray[np.int32], fates: NDArray[np.int32]) -> TopK:
     """Order and gaps of the rows that differ from the base's."""
     rows, k = members.shape
     differs = np.flatnonzero(_bounded("a row that differs or not", decode_integers(data, rows), 1))
     at = np.zeros((differs.size, k), np.int16)
-    at[:, 0] = largest[differs]
+    at[:, 0] = fates[differs] % k
     for place in range(1, k - 1):
         at[:, place] = _bounded("a member", decode_integers(data, differs.size), k - 1)
     at[:, k - 1] = k * (k - 1) // 2 - at[:, : k - 1].sum(axis=1, dtype=np.int16)  # the one that is left
@@ -308,7 +294,7 @@ def _in_order(positions: NDArray[np.int32], gaps: Floats) -> TopK:
     return TopK(np.concatenate([positions[:, :1], later], axis=1), np.take_along_axis(gaps, order, axis=1))
 
 
-def _without(largest: NDArray[np.signedinteger], k: int) -> NDArray[np.int8]:
-    """(S, k - 1) the members but one."""
-    members = np.arange(k - 1, dtype=np.int8)
-    return np.asarray(members + (members >= largest[:, None]))
+def _without(largest: NDArray[np.signedinteger], k: int) -> Ints:
+    """(n, k - 1) the members but one, (n, 1)."""
+    members = np.arange(k - 1)
+    return np.asarray(members + (members >= largest))

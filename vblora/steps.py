@@ -63,7 +63,7 @@ def _cost(lanes: Lanes, step: float, rounding: Rounding) -> float:
         odd[::2] = 1
         size = np.abs(whole)
         whole = np.where(odd, np.sign(whole) * np.where(size < 0.5, 0, (size + 1) / 2), whole / 2)
-    numbers = np.rint(whole).astype(np.int64)
+    numbers = np.rint(whole).astype(np.int32)
     tokens = to_tokens(numbers.reshape(-1))
     contexts = (2 * lane_classes(numbers)[:, None] + odd).reshape(-1)
     counts = np.bincount(contexts * MAX_TOKENS + tokens, minlength=2 * (MOST_CLASS + 1) * MAX_TOKENS)

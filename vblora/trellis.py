@@ -15,6 +15,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from vblora.entropy import LARGEST
+
 __all__ = ["NEXT", "lane_length", "round_lanes", "walk"]
 
 Floats = NDArray[np.float32]
@@ -58,11 +60,11 @@ def round_lanes(values: Floats, step: float) -> Ints:
     return out.reshape(-1)[: flat.size].reshape(values.shape)
 
 
-def walk(multiples: Ints) -> tuple[Ints, NDArray[np.int8]] | None:
+def walk(multiples: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int8]] | None:
     """Lanes of multiples as the trellis counts them, or None where they do not follow it.
 
     Args:
-        multiples: (n, L).
+        multiples: (n, L), of size `LARGEST` at most; those of that size follow none.
 
     Returns:
         (n, L) the number of each multiple among those that its state allows (k stands for 2k in an even
@@ -72,9 +74,9 @@ def walk(multiples: Ints) -> tuple[Ints, NDArray[np.int8]] | None:
     odd = np.zeros(multiples.shape, np.int8)
     state = np.zeros(len(multiples), np.int8)
     for at in range(multiples.shape[1]):
-        here = multiples[:, at]
+        here = multiples[:, at].astype(np.int64)
         odd[:, at] = state & 1
-        inside = np.where(odd[:, at] == here & 1, True, here == 0)
+        inside = np.where(odd[:, at] == here & 1, np.abs(here) < LARGEST, here == 0)
         if not inside.all():
             return None
         numbers[:, at] = (here + np.sign(here) * odd[:, at]) // 2

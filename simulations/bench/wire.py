@@ -112,8 +112,7 @@ def entropies(update: Update, reference: State) -> dict[str, float]:
         found[name] = change.nbytes if whole is None else lane_entropy(whole) / 8
     if update.topk is not None and reference.topk is not None:
         streams = selection_streams(update.topk, reference.topk)
-        sets = streams.all[: len(streams.all) - len(streams.gaps)]
-        found["sets"] = sum(map(entropy_bits, sets)) / 8
+        found["sets"] = sum(map(entropy_bits, (*streams.sets, *streams.order))) / 8
         found["gaps"] = sum(map(entropy_bits, streams.gaps)) / 8 + len(streams.tail)
     return found
 

@@ -143,7 +143,7 @@ GOLDEN_BLOBS: dict[str, tuple[Blueprint, int | None]] = {
     "update-three": (THREE, 2),
     "update-large": (LARGE, 2),
     "update-trellis": (LARGE, 2),
-    "update-by-class": (MANY, 2),
+    "update-blocks": (MANY, 2),
     "update-lora": (LORA, 2),
 }
 GOLDEN_WIRES = {
@@ -152,7 +152,7 @@ GOLDEN_WIRES = {
     "update-plain": replace(WIRES["default"], stochastic=True),
     "update-bfloat16": replace(WIRES["default"], up_bits=16.0),
     "update-trellis": replace(WIRES["default"], trellis=True),
-    "update-by-class": replace(WIRES["default"], up_bits=0.75),
+    "update-blocks": replace(WIRES["default"], up_bits=0.75),
 }
 
 

@@ -70,7 +70,7 @@ def test_noise_is_refused_or_read(noise, count):
     ("blob", "fault"),
     [
         (b"", "1 bytes are declared, 0 are left"),
-        (b"\x03\x01\x00\x01\x00", "lanes: way 3, expected 0 to 2"),
+        (b"\x02\x01\x00\x01\x00", "lanes: way 2, expected 0 or 1"),
         (b"\x00\x01\x01\x01\x00", "or a class that is not 0 to 71"),
         (b"\x00\x01\x02\x01\x00\x00", "lanes: 0 tokens, expected 2 to 464"),
         (b"\x00\x01\x02\x01\x00\x01\x00", "lanes: 1 tokens, expected 2 to 464"),

@@ -30,7 +30,7 @@ from tests.vblora.make_golden import (
 )
 from vblora.errors import UnknownStateError, WireError
 from vblora.frame import FORMAT, HEADER, Encoding, Kind, read_blob, section_bytes
-from vblora.lanes import ALONG, BY_CLASS, PLAIN
+from vblora.lanes import ALONG, PLAIN
 from vblora.rounding import WIRES, WireSettings, round_state, round_update
 from vblora.spec import (
     AdapterSpec,
@@ -180,7 +180,7 @@ def test_every_encoding_has_a_golden_blob():
     sections = [section for name in GOLDEN_BLOBS for section in read_blob(read_golden(name)[0])[1]]
     assert {section.encoding for section in sections} == set(Encoding)
     ways = {section.payload[4] for section in sections if section.encoding is Encoding.STEPS}
-    assert ways == {PLAIN, ALONG, BY_CLASS}
+    assert ways == {PLAIN, ALONG}
     assert {path.stem for path in GOLDEN.glob("*.hex")} == set(GOLDEN_BLOBS)
 
 

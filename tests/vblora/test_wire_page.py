@@ -87,8 +87,8 @@ def integers(data: Bytes, count: int) -> list[int]:
         model = constriction.stream.model.Categorical(np.array(occurrences, np.float32), perfect=False)
         symbols = coder.decode(model, count).tolist()
     found: list[int] = []
-    for start in range(0, count, 1 << 14):
-        block = [tokens[symbol] for symbol in symbols[start : start + (1 << 14)]]
+    for start in range(0, count, 1 << 12):
+        block = [tokens[symbol] for symbol in symbols[start : start + (1 << 12)]]
         found += map(number, block, plain_bits(block, data))
     return found
 
@@ -99,68 +99,51 @@ NEXT = [(0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)]
 
 
 def start_of(level: int, alphabet: int) -> list[int]:
-    exponent = 2 * (level - 9)
-    above, below = 81 << max(0, exponent), 16 << max(0, -exponent)
+    p, q = max(0, level - 9), max(0, 9 - level)
     weights = []
     for token in range(alphabet):
         width = (token - 32) // 16 + 1 if token >= 32 else 0
         size = abs(number(token, 0)) & ~1 if token >= 32 else abs(number(token, 0))
-        weights.append(above * 2**width * 2**32 // (above + below * size**4))
+        rest = 81 * 2 ** (p + q) * size**2 + 64 * 2 ** (2 * q) * (size * (size - 1)) ** 2
+        weights.append(2**32 * 324 * 2 ** (2 * p) * 2**width // (324 * 2 ** (2 * p) + rest))
     return [1 + 4096 * weight // sum(weights) for weight in weights]
 
 
-def by_class(
-    data: Bytes, coder: constriction.stream.queue.RangeDecoder, classes: list[int], alphabet: int
-) -> list[int]:
-    told = [0] * len(classes)
+Places = list[tuple[int, int]]  # lane, and number in it
+
+
+def by_class(coder: Any, tokens: list[list[int]], classes: list[int], inside: Places, alphabet: int) -> None:
     for level in sorted(set(classes) - {0}):
-        places = [at for at, one in enumerate(classes) if one == level]
+        places = [place for place in inside if classes[place[0]] == level]
         frequencies, done = start_of(level, alphabet), 0
         while done < len(places):
             block = places[done : max(256, 2 * done)]
             row = np.array(frequencies, np.float32)
-            for at in block:
-                (told[at],) = coder.decode(FAMILY, row[None]).tolist()
-            for at in block:
-                frequencies[told[at]] += 128
+            for lane, at in block:
+                (tokens[lane][at],) = coder.decode(FAMILY, row[None]).tolist()
+            for lane, at in block:
+                frequencies[tokens[lane][at]] += 128
             while sum(frequencies) > 1 << 22:
                 frequencies = [(one + 1) // 2 for one in frequencies]
             done += len(block)
-    found: list[int] = []
-    for first in range(0, len(told), 1 << 12):
-        run = told[first : first + (1 << 12)]
-        found += map(number, run, plain_bits(run, data))
-    return found
 
 
-def lanes(data: Bytes, count: int) -> list[int]:
-    length = 8
-    while 2 * length <= min(128, math.isqrt(count)):
-        length *= 2
-    lane_count = -(-count // length)
-    (along,) = data.take(1)
-    classes = integers(data, lane_count)
-    if not any(classes):
-        return [0] * count
-    alphabet = data.varint()
-    coder = data.coder()
-    if along == 2:
-        return by_class(data, coder, [classes[at // length] for at in range(count)], alphabet)
+def along(
+    coder: Any, tokens: list[list[int]], classes: list[int], inside: Places, alphabet: int
+) -> list[list[int]]:
     frequencies = {(level, odd): start_of(level, alphabet) for level in set(classes) for odd in (0, 1)}
-    tokens = [[0] * length for _ in range(lane_count)]
-    odds = [[0] * length for _ in range(lane_count)]
-    states = [0] * lane_count
-    for first in range(0, lane_count, 512):
-        block = [lane for lane in range(first, min(first + 512, lane_count)) if classes[lane]]
-        for at in range(length):
+    odds, states = [[0] * len(lane) for lane in tokens], [0] * len(tokens)
+    told = [lane for lane, level in enumerate(classes) if level]
+    for first in range(0, len(told), 512):
+        for column in range(len(tokens[0])):
             seen = []
-            for lane in block:
-                if lane * length + at >= count:
+            for lane in told[first : first + 512]:
+                if (lane, column) not in inside:
                     continue
-                odd = states[lane] % 2 if along else 0
+                odds[lane][column] = odd = states[lane] % 2
                 row = np.array([frequencies[classes[lane], odd]], np.float32)
                 (token,) = coder.decode(FAMILY, row).tolist()
-                tokens[lane][at], odds[lane][at] = token, odd
+                tokens[lane][column] = token
                 states[lane] = NEXT[states[lane]][abs(number(token, 0)) % 2]
                 seen.append((classes[lane], odd, token))
             for level, odd, token in seen:
@@ -168,13 +151,35 @@ def lanes(data: Bytes, count: int) -> list[int]:
             for context, row in frequencies.items():
                 if sum(row) > 1 << 22:
                     frequencies[context] = [(one + 1) // 2 for one in row]
-    found = []
-    for first in range(0, lane_count, 64):
-        flat = [token for lane in tokens[first : first + 64] for token in lane]
-        odd = [one for lane in odds[first : first + 64] for one in lane]
-        for k, one in zip(map(number, flat, plain_bits(flat, data)), odd, strict=True):
-            found.append(2 * k - (k > 0) * one + (k < 0) * one if along else k)
-    return found[:count]
+    return odds
+
+
+def lanes(data: Bytes, count: int) -> list[int]:
+    length = 8
+    while 2 * length <= min(128, math.isqrt(count)):
+        length *= 2
+    lane_count = -(-count // length)
+    (way,) = data.take(1)
+    classes = integers(data, lane_count)
+    if not any(classes):
+        return [0] * count
+    alphabet = data.varint()
+    tokens = [[0] * length for _ in range(lane_count)]
+    inside = [divmod(at, length) for at in range(count)]
+    order = [lane for lane in range(lane_count) if classes[lane]]
+    if way == 1:
+        odds = along(data.coder(), tokens, classes, inside, alphabet)
+    else:
+        by_class(data.coder(), tokens, classes, inside, alphabet)
+        order.sort(key=lambda lane: classes[lane])
+    told = [(lane, at) for lane in order for at in range(length)]
+    found = [[0] * length for _ in range(lane_count)]
+    for first in range(0, len(told), 1 << 12):
+        run = told[first : first + (1 << 12)]
+        flat = [tokens[lane][at] for lane, at in run]
+        for (lane, at), k in zip(run, map(number, flat, plain_bits(flat, data)), strict=True):
+            found[lane][at] = 2 * k - ((k > 0) - (k < 0)) * odds[lane][at] if way == 1 else k
+    return [one for lane in found for one in lane][:count]
 
 
 # --- "Selections" --------------------------------------------------------------------
@@ -200,30 +205,21 @@ def selection(
 ) -> tuple[list[list[int]], list[list[float]]]:
     (how,) = data.take(1)
     rows, k = len(base), len(base[0])
-    lacks = [[0] * k for _ in range(rows)]
-    for place in range(k):
-        streams = [[row for row in range(rows) if sum(lacks[row][:place]) == n] for n in range(place + 1)]
-        for inside in streams:
-            for row, lacking in zip(inside, integers(data, len(inside)), strict=True):
-                lacks[row][place] = lacking
-    missing = [sum(lack) for lack in lacks]
+    fates = integers(data, rows)
+    missing, largest = [fate // k for fate in fates], [fate % k for fate in fates]
     by_missing = [[row for row in range(rows) if missing[row] == count] for count in range(k + 1)]
-    members = [
-        [place for place, lack in zip(base[row], lacks[row], strict=True) if not lack] for row in range(rows)
-    ]
+    members = [list(row) for row in base]
     for count, inside in enumerate(by_missing):
         if count and inside:
-            for row, ranks in zip(inside, new_places(data, len(inside), count, h - k), strict=True):
+            lacking, fresh = sets(data, len(inside), count, k), sets(data, len(inside), count, h - k)
+            for row, lacks, ranks in zip(inside, lacking, fresh, strict=True):
                 free = [place for place in range(h) if place not in base[row]]
+                members[row] = [place for at, place in enumerate(base[row]) if at not in lacks]
                 members[row] += [free[rank] for rank in ranks]
-    largest = [0] * rows
-    for inside in by_missing:
-        for row, member in zip(inside, integers(data, len(inside)), strict=True):
-            largest[row] = member
     if how == 255:
         return in_full(data, base, base_gaps, members, largest)
     values = gap_values()[:: 2**how]
-    stays = [missing[row] == 0 and largest[row] == 0 for row in range(rows)]
+    stays = [fate == 0 for fate in fates]
     places, gaps = [list(row) for row in base], [list(row) for row in base_gaps]
     rest = [[row for row in inside if not stays[row]] for inside in by_missing]
     for inside in ([row for row in range(rows) if stays[row]], *rest):
@@ -242,7 +238,7 @@ def selection(
     return places, gaps
 
 
-def new_places(data: Bytes, rows: int, size: int, free: int) -> list[list[int]]:
+def sets(data: Bytes, rows: int, size: int, free: int) -> list[list[int]]:
     (how,) = data.take(1)
     if how == 1:
         bits = (math.comb(free, size) - 1).bit_length()
@@ -364,7 +360,7 @@ def test_a_reader_made_from_the_page_reads_the_same(name: str):
     if found.topk is not None:
         assert places == found.topk.positions.tolist()
         np.testing.assert_array_equal(np.array(gaps, np.float32), found.topk.gaps)
-    assert header["format"] == 3
+    assert header["format"] == 4
     assert header["fingerprint"] == blueprint.fingerprint
     assert header["base"] == (turn or (1 << 64) - 1)
     if isinstance(found, Update):
