@@ -178,17 +178,16 @@ class Reader:
             raise WireError(f"payload: {len(self._left)} bytes are left over")
 
 
-def as_whole(numbers: NDArray[np.signedinteger]) -> NDArray[np.int32]:
-    """Numbers of any shape as int32, contiguous.
+def as_whole(numbers: NDArray[np.signedinteger | np.floating]) -> NDArray[np.int32]:
+    """Whole numbers of any shape as int32, contiguous.
 
     Raises:
         WireError: one is larger than `LARGEST`.
     """
     if numbers.size:
-        lowest, highest = int(numbers.min()), int(numbers.max())
+        lowest, highest = numbers.min(), numbers.max()
         if not -LARGEST <= lowest <= highest <= LARGEST:
-            size = max(-lowest, highest)
-            raise WireError(f"integers: {size} is the largest, expected {LARGEST} at most")
+            raise WireError(f"integers: {max(-lowest, highest)} is the largest, expected {LARGEST} at most")
     return np.ascontiguousarray(numbers, np.int32)
 
 

@@ -28,21 +28,16 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"} | {
 LENGTH = struct.Struct("<Q")  # of a safetensors header, in front of it
 
 
-def write_atomic(path: Path, content: bytes | str, *, lasting: bool = True) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
-
-    Without `lasting` the disk is not waited for, which halves the time of a small file: should the machine
-    itself go down, the file may be lost or empty.
-    """
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-            if lasting:
-                file.flush()
-                os.fsync(file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; these are ordinary ones

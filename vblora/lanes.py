@@ -63,7 +63,7 @@ def lane_classes(lanes: NDArray[np.floating | np.signedinteger]) -> Ints:
     return np.where(mean > 0, 1 + np.searchsorted(EDGES, mean), 0)
 
 
-def encode_lanes(numbers: NDArray[np.signedinteger]) -> bytes:
+def encode_lanes(numbers: NDArray[np.signedinteger | np.floating]) -> bytes:
     """Write whole numbers of any shape, in C order; along the trellis where they follow it."""
     how, lanes, _ = _cut(numbers)
     classes = lane_classes(lanes)
@@ -252,7 +252,7 @@ def _start(number: int, alphabet: int) -> tuple[int, ...]:
 # --- Lanes ---------------------------------------------------------------------------
 
 
-def _cut(numbers: NDArray[np.signedinteger]) -> tuple[int, Whole, NDArray[np.int8]]:
+def _cut(numbers: NDArray[np.signedinteger | np.floating]) -> tuple[int, Whole, NDArray[np.int8]]:
     """How they are told, (n, L) lanes of what is told of each, and whether its state is odd."""
     length = lane_length(numbers.size)
     lanes = np.zeros((-(-numbers.size // length), length), np.int32)

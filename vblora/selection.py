@@ -41,37 +41,35 @@ class _Members:
     """Rows as differences from the rows of a base.
 
     Attributes:
-        lacks: (S, k) whether a place of the base's row is missing.
-        order: (S, k) at which place of the row each member stands.
-        missing: (S,) how many of the base's places are.
-        largest: (S,) the member that stands first.
+        fates: (S,) k times how many of the base's places a row lacks, plus the member that is its largest.
+        gaps: (S, k - 1) gaps of the members without the largest.
+        moved: (n,) rows whose places are not the base's. Of them alone:
+        lacks: (n, k) whether a place of the base's row is missing.
+        order: (n, k) at which place of the row each member stands.
     """
 
+    fates: Ints
+    gaps: Floats
+    moved: Ints
     lacks: Bools
     order: Ints
-    missing: Ints
-    largest: Ints
 
     @classmethod
     def of(cls, topk: TopK, base: TopK) -> _Members:
         rows, k = topk.positions.shape
-        lacks, order = np.zeros((rows, k), np.bool_), np.tile(np.arange(k), (rows, 1))
+        fates, gaps = np.zeros(rows, np.int64), topk.gaps
         moved = np.flatnonzero((topk.positions != base.positions).any(axis=1))
-        hits = topk.positions[moved, :, None] == base.positions[moved, None, :]
+        own = topk.positions[moved]
+        hits = own[:, :, None] == base.positions[moved, None, :]
         slots = np.where(hits.any(axis=2), hits.argmax(axis=2), k)  # k: a new one
-        lacks[moved], order[moved] = ~hits.any(axis=1), np.lexsort((topk.positions[moved], slots), axis=1)
-        return cls(lacks, order, lacks.sum(axis=1), order.argmin(axis=1))
-
-    @property
-    def stays(self) -> Bools:
-        """(S,) whether a row has the base's set and largest place."""
-        return np.asarray((self.missing == 0) & (self.largest == 0))
-
-    def later_gaps(self, topk: TopK) -> Floats:
-        """(S, k - 1) gaps of the members without the largest."""
-        gaps = np.concatenate([np.zeros((len(topk.gaps), 1), np.float32), topk.gaps], axis=1)
-        later = _without(self.largest[:, None], self.order.shape[1])
-        return np.take_along_axis(np.take_along_axis(gaps, self.order, axis=1), later, axis=1)
+        lacks, order = ~hits.any(axis=1), np.lexsort((own, slots), axis=1)
+        if moved.size:
+            largest = order.argmin(axis=1)
+            fates[moved] = k * lacks.sum(axis=1) + largest
+            later = np.take_along_axis(order, _without(largest[:, None], k), axis=1) - 1
+            gaps = topk.gaps.copy()
+            gaps[moved] = np.take_along_axis(topk.gaps[moved], later, axis=1)
+        return cls(fates, gaps, moved, lacks, order)
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Streams:
     Attributes:
         how: exponent of the gaps, or `IN_FULL`.
         fates: (S,) k times how many of the base's places a row lacks, plus the member that is its largest.
-        lacking: (n, t) which of the base's places are missing, of rows that lack t, rising, for t of 1 to k.
+        lacking: (n, t) which of the base's places are missing, rising, of rows that lack t; for each such t.
         fresh: (n, t) ranks of the new places of the same rows, rising.
         order: where gaps are in full, which rows differ, and their other members.
         gaps: moves and values.
@@ -114,33 +112,30 @@ def encode_selection(topk: TopK, base: TopK, num_vectors: int) -> bytes:
     found = selection_streams(topk, base)
     parts = [bytes([found.how]), encode_integers(found.fates)]
     for lacking, fresh in zip(found.lacking, found.fresh, strict=True):
-        if len(fresh):
-            parts += [encode_subsets(lacking, k), encode_subsets(fresh, num_vectors - k)]
+        parts += [encode_subsets(lacking, k), encode_subsets(fresh, num_vectors - k)]
     return b"".join([*parts, *map(encode_integers, (*found.order, *found.gaps)), found.tail])
 
 
 def selection_streams(topk: TopK, base: TopK) -> Streams:
     """What `encode_selection` writes, stream by stream."""
     members, k = _Members.of(topk, base), topk.positions.shape[1]
-    fates = k * members.missing + members.largest
-    lacking, fresh = [], []
-    for count in range(1, k + 1):
-        rows = np.flatnonzero(members.missing == count)
-        named = np.take_along_axis(topk.positions[rows], members.order[rows, k - count :], axis=1)
-        lacking.append(np.nonzero(members.lacks[rows])[1].reshape(-1, count))
-        fresh.append(_ranks(named, base.positions[rows]))
+    missing, lacking, fresh = members.lacks.sum(axis=1), [], []
+    for count in range(1, 1 + int(missing.max(initial=0))):
+        at = np.flatnonzero(missing == count)
+        if at.size:
+            rows, last = members.moved[at], members.order[at, k - count :]
+            lacking.append(np.nonzero(members.lacks[at])[1].reshape(-1, count))
+            named = np.take_along_axis(topk.positions[rows], last, axis=1)
+            fresh.append(_ranks(named, base.positions[rows]))
     exponent = _exponent(topk, base, members)
     if exponent is None:
-        differs = ~_same(topk, base)
-        later = members.order.argsort(axis=1)[differs, 1 : k - 1]
-        in_full = np.ascontiguousarray(topk.gaps[differs], "<f4").tobytes()
-        return Streams(IN_FULL, fates, lacking, fresh, [differs.astype(np.int64), *later.T], [], in_full)
-    gaps = members.later_gaps(topk)
-    moves: list[Ints] = []
-    for rows in _by_fate(fates, k):
-        start = base.gaps[rows] if not moves else np.zeros_like(gaps[rows])
-        moves.append(to_moves(gaps[rows], start, exponent))
-    return Streams(exponent, fates, lacking, fresh, [], moves)
+        order, tail = _in_full(topk, base, members)
+        return Streams(IN_FULL, members.fates, lacking, fresh, order, [], tail)
+    moves = []
+    for number, rows in enumerate(_by_fate(members.fates, k)):
+        gaps = members.gaps[rows]
+        moves.append(to_moves(gaps, np.zeros_like(gaps) if number else base.gaps[rows], exponent))
+    return Streams(exponent, members.fates, lacking, fresh, [], moves)
 
 
 def decode_selection(payload: bytes | memoryview, base: TopK, num_vectors: int) -> TopK:
@@ -174,9 +169,11 @@ def round_selection(topk: TopK, base: TopK, exponent: int, noise: np.random.Gene
     if not np.isfinite(topk.gaps).all():
         return topk
     members = _Members.of(topk, base)
-    stays = members.stays[:, None]
-    places = members.order.argsort(axis=1)[:, 1:] - 1  # of a row that stays, members as the base has them
-    start = np.where(stays, np.take_along_axis(base.gaps, np.maximum(places, 0), axis=1), np.float32(0))
+    stays = (members.fates == 0)[:, None]
+    start = np.where(stays, base.gaps, np.float32(0))
+    turned = np.flatnonzero(members.fates[members.moved] == 0)
+    rows, places = members.moved[turned], members.order[turned].argsort(axis=1)[:, 1:] - 1
+    start[rows] = np.take_along_axis(base.gaps[rows], places, axis=1)  # of the same members
     gaps = round_gaps(topk.gaps, start, exponent, noise)
     kept = stays & (gaps == start).all(axis=1, keepdims=True)
     ordered = _in_order(topk.positions, gaps)
@@ -195,23 +192,30 @@ def _by_fate(fates: NDArray[np.signedinteger], k: int) -> list[Ints]:
 
 def _exponent(topk: TopK, base: TopK, members: _Members) -> int | None:
     """Of the coarsest values that tell all gaps; None where gaps do not tell a row."""
-    same, stays, gaps = _same(topk, base), members.stays, members.later_gaps(topk)
-    as_base = stays[:, None] & (gaps.view(np.uint32) == base.gaps.view(np.uint32))
-    if (stays & as_base.all(axis=1) & ~same).any():
+    stays = members.fates == 0
+    same = (members.gaps.view(np.uint32) == base.gaps.view(np.uint32)) & stays[:, None]
+    as_base = stays & same.all(axis=1)
+    rest = np.flatnonzero(~as_base)
+    ordered = _in_order(topk.positions[rest], topk.gaps[rest]).positions
+    if as_base[members.moved].any() or not np.array_equal(ordered, topk.positions[rest]):
         return None
-    positions = _in_order(topk.positions[~same], topk.gaps[~same]).positions
-    return coarsest(gaps[~as_base]) if np.array_equal(positions, topk.positions[~same]) else None
+    return coarsest(members.gaps[~same])
+
+
+def _in_full(topk: TopK, base: TopK, members: _Members) -> tuple[list[Ints], bytes]:
+    """Which rows differ and their later members, and their gaps."""
+    k = topk.positions.shape[1]
+    differs = (topk.gaps.view(np.uint32) != base.gaps.view(np.uint32)).any(axis=1)
+    differs[members.moved] = True
+    order = np.tile(np.arange(k), (len(differs), 1))
+    order[members.moved] = members.order.argsort(axis=1)
+    gaps = np.ascontiguousarray(topk.gaps[differs], "<f4").tobytes()
+    return [differs.astype(np.int64), *order[differs, 1 : k - 1].T], gaps
 
 
 def _ranks(members: NDArray[np.int32], base: NDArray[np.int32]) -> Ints:
     """(S, k) ranks of places among those that the base's row does not name; of such places only."""
     return np.asarray(members - (base[:, None, :] < members[:, :, None]).sum(axis=2))
-
-
-def _same(topk: TopK, base: TopK) -> Bools:
-    """(S,) rows that are the base's to the bit."""
-    bits = topk.gaps.view(np.uint32) == base.gaps.view(np.uint32)
-    return np.asarray((topk.positions == base.positions).all(axis=1) & bits.all(axis=1))
 
 
 # --- Reading -------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vblora.entropy import MAX_TOKENS, plain_width, to_tokens
+from vblora.entropy import plain_width, to_tokens
 from vblora.lanes import MOST_CLASS, lane_classes
 from vblora.trellis import lane_length
 
@@ -16,7 +16,7 @@ __all__ = ["Rounding", "find_step"]
 SAMPLE = 1 << 13  # numbers that a step is found by
 SEARCH = 16  # steps that are tried, at most
 REACH = 4.0  # octaves from one to the next, at most
-CLOSE = 0.01  # bits from what was asked for
+CLOSE = 0.03  # bits from what was asked for, before the last move
 FINEST = 20  # octaves below the largest number, at most: few numbers that are not 0 cost little however fine
 LARGEST = 1 << 24  # multiples beyond which numbers count as one while it is sought
 
@@ -40,11 +40,13 @@ def find_step(change: NDArray[np.floating], bits: float, rounding: Rounding = "n
     length = min(flat.size, lane_length(flat.size))
     lanes = flat[: flat.size // length * length].reshape(-1, length)
     sample: Lanes = lanes[:: max(1, lanes.size // SAMPLE)].astype(np.float64)
-    spread = float(np.sqrt(np.mean(np.square(sample))))
-    if not 0 < spread < np.inf:
+    spreads = np.sqrt(np.square(sample).mean(axis=1))
+    moved = spreads[spreads > 0]
+    if not moved.size or not np.isfinite(spreads).all():
         return float(np.abs(flat).max(initial=0.0)) or 1.0
-    octave = float(np.log2(spread)) + 2 - (rounding == "trellis") - bits  # as if they were normal
+    spare = bits * len(spreads) / len(moved)  # bits of a number of the lanes that move
     finest = float(np.log2(np.abs(flat).max())) - FINEST
+    octave = max(finest, float(np.log2(moved).mean()) + 2 - (rounding == "trellis") - spare)  # if normal
     for _ in range(SEARCH):  # a step twice as large costs one bit less, or under one where most are zeros
         miss = _cost(sample, 2.0**octave, rounding) - bits
         octave = max(finest, octave + float(np.clip(miss, -REACH, REACH)))
@@ -65,9 +67,10 @@ def _cost(lanes: Lanes, step: float, rounding: Rounding) -> float:
         whole = np.where(odd, np.sign(whole) * np.where(size < 0.5, 0, (size + 1) / 2), whole / 2)
     numbers = np.rint(whole).astype(np.int32)
     tokens = to_tokens(numbers.reshape(-1))
+    alphabet = int(tokens.max()) + 1
     contexts = (2 * lane_classes(numbers)[:, None] + odd).reshape(-1)
-    counts = np.bincount(contexts * MAX_TOKENS + tokens, minlength=2 * (MOST_CLASS + 1) * MAX_TOKENS)
-    coded = _sum_of_logs(counts.reshape(-1, MAX_TOKENS).sum(axis=1)) - _sum_of_logs(counts)
+    counts = np.bincount(contexts * alphabet + tokens, minlength=2 * (MOST_CLASS + 1) * alphabet)
+    coded = _sum_of_logs(counts.reshape(-1, alphabet).sum(axis=1)) - _sum_of_logs(counts)
     return float(coded + plain_width(tokens).sum()) / tokens.size
 
 

@@ -199,11 +199,10 @@ def _common_exponent(change: NDArray[np.int64]) -> int:
 
 
 def _change_section(name: str, change: Floats, step: float) -> Section:
-    bits = np.ascontiguousarray(change, "<f4").view("<u4")
     if step:
-        whole = np.rint(change / np.float32(step)).astype(np.int64)
-        payload = np.array(step, "<f4").tobytes() + encode_lanes(whole)
+        payload = np.array(step, "<f4").tobytes() + encode_lanes(np.rint(change / np.float32(step)))
         return Section(name, Encoding.STEPS, change.shape, payload)
+    bits = np.ascontiguousarray(change, "<f4").view("<u4")
     if not (bits & 0xFFFF).any():
         return Section(name, Encoding.BFLOAT16, change.shape, (bits >> 16).astype("<u2").tobytes())
     return _float_section(name, change)
