@@ -159,7 +159,11 @@ class _FixedSum:
         if self._bound + peak >= 1 << 63:
             self._carry()
         for part in _chunks(change.size):
-            self._low[part] += np.rint(change[part].astype(np.float64) * ONE).astype(np.int64) * times
+            fixed = change[part].astype(np.float64)
+            fixed *= ONE
+            whole = np.rint(fixed, out=fixed).astype(np.int64)
+            whole *= times
+            self._low[part] += whole
         self._bound += peak
 
     def added_to(self, reference: Floats, total: int) -> Floats:

@@ -194,7 +194,7 @@ def as_whole(numbers: NDArray[np.signedinteger | np.floating]) -> NDArray[np.int
 def to_tokens(flat: NDArray[np.int32]) -> NDArray[np.int32]:
     """The token of each number, of size `LARGEST` at most."""
     tokens = (flat << 1) ^ (flat >> LONGEST)  # 0, -1, 1, -2, 2, ... as 0, 1, 2, 3, 4, ...
-    large = np.flatnonzero((flat >= DIRECT) | (flat <= -DIRECT))
+    large = np.flatnonzero(tokens.view(np.uint32) >= 2 * DIRECT - 1)  # as uint32 where they have wrapped
     if large.size:
         size = np.abs(flat[large])
         lengths = _lengths(size)

@@ -52,9 +52,8 @@ def to_moves(gaps: Floats, base: Floats, exponent: int) -> Ints:
         exponent: the message uses every 2^exponent-th value.
     """
     values = _used(exponent)
-    at = np.searchsorted(values, gaps)
-    up, down = at - np.searchsorted(values, base, "right") + 1, at - np.searchsorted(values, base)
-    return np.where(gaps == base, 0, np.where(gaps > base, up, down))
+    at, (below, above) = np.searchsorted(values, gaps), _around(values, base)
+    return np.where(gaps == base, 0, at - np.where(gaps > base, below, above))
 
 
 def from_moves(moves: NDArray[np.signedinteger], base: Floats, exponent: int) -> Floats | None:
@@ -63,8 +62,8 @@ def from_moves(moves: NDArray[np.signedinteger], base: Floats, exponent: int) ->
     told, start = moves.reshape(-1), base.reshape(-1)
     for at in range(0, base.size, BLOCK):
         move, own = told[at : at + BLOCK].astype(np.int64), start[at : at + BLOCK]
-        up, down = np.searchsorted(values, own, "right") - 1, np.searchsorted(values, own)
-        place = move + np.where(move > 0, up, down)
+        below, above = _around(values, own)
+        place = move + np.where(move > 0, below, above)
         if not ((move == 0) | ((place >= 0) & (place < len(values)))).all():
             return None
         found[at : at + BLOCK] = np.where(move == 0, own, values[np.clip(place, 0, len(values) - 1)])
@@ -95,6 +94,12 @@ def nearest_gaps(gaps: Floats) -> Floats:
     """The nearest values."""
     middles = (GAPS[1:] + GAPS[:-1]) / 2
     return GAPS[np.searchsorted(middles, gaps)]
+
+
+def _around(values: Floats, gaps: Floats) -> tuple[Ints, Ints]:
+    """Numbers of the last of the values that is at most each gap, and of the first that is at least that."""
+    above = np.searchsorted(values, gaps)
+    return above - (values[np.minimum(above, len(values) - 1)] != gaps), above
 
 
 def _used(exponent: int) -> Floats:

@@ -199,10 +199,11 @@ def _code_class(tokens: Whole, number: int, alphabet: int, code: Code) -> None:
         block = tokens[start : max(FIRST_BLOCK, 2 * start)]
         model = constriction.stream.model.Categorical(frequencies.astype(np.float32), perfect=False)
         block[:] = code(block, model)
-        frequencies += SEEN * np.bincount(block, minlength=alphabet)
-        while int(frequencies.sum()) > MOST_SEEN:
-            frequencies = (frequencies + 1) // 2
         start += block.size
+        if start < tokens.size:
+            frequencies += SEEN * np.bincount(block, minlength=alphabet)
+            while int(frequencies.sum()) > MOST_SEEN:
+                frequencies = (frequencies + 1) // 2
 
 
 def _code_along(
@@ -254,9 +255,10 @@ def _start(number: int, alphabet: int) -> tuple[int, ...]:
 
 def _cut(numbers: NDArray[np.signedinteger | np.floating]) -> tuple[int, Whole, NDArray[np.int8]]:
     """How they are told, (n, L) lanes of what is told of each, and whether its state is odd."""
-    length = lane_length(numbers.size)
-    lanes = np.zeros((-(-numbers.size // length), length), np.int32)
-    lanes.reshape(-1)[: numbers.size] = as_whole(numbers).reshape(-1)
+    length, flat = lane_length(numbers.size), as_whole(numbers).reshape(-1)
+    if flat.size % length:
+        flat = np.concatenate([flat, np.zeros(-flat.size % length, np.int32)])
+    lanes = flat.reshape(-1, length)
     if (found := walk(lanes)) is not None:
         return ALONG, *found
     return PLAIN, lanes, np.zeros(lanes.shape, np.int8)

@@ -19,10 +19,10 @@ REACH = 4.0  # octaves from one to the next, at most
 CLOSE = 0.03  # bits from what was asked for, before the last move
 FINEST = 20  # octaves below the largest number, at most: few numbers that are not 0 cost little however fine
 LARGEST = 1 << 24  # multiples beyond which numbers count as one while it is sought
-
+NORMAL = 2.05  # bits of a normal number at a step of its standard deviation
 GOLDEN = 0.618  # multiples of it lie evenly between 0 and 1
 
-Lanes = NDArray[np.float64]
+Lanes = NDArray[np.floating]
 Rounding = Literal["nearest", "chance", "trellis"]
 
 
@@ -39,14 +39,14 @@ def find_step(change: NDArray[np.floating], bits: float, rounding: Rounding = "n
     flat = change.reshape(-1)
     length = min(flat.size, lane_length(flat.size))
     lanes = flat[: flat.size // length * length].reshape(-1, length)
-    sample: Lanes = lanes[:: max(1, lanes.size // SAMPLE)].astype(np.float64)
-    spreads = np.sqrt(np.square(sample).mean(axis=1))
+    sample = lanes[:: max(1, lanes.size // SAMPLE)]
+    spreads = np.sqrt(np.square(sample, dtype=np.float64).mean(axis=1))
     moved = spreads[spreads > 0]
     if not moved.size or not np.isfinite(spreads).all():
         return float(np.abs(flat).max(initial=0.0)) or 1.0
     spare = bits * len(spreads) / len(moved)  # bits of a number of the lanes that move
     finest = float(np.log2(np.abs(flat).max())) - FINEST
-    octave = max(finest, float(np.log2(moved).mean()) + 2 - (rounding == "trellis") - spare)  # if normal
+    octave = max(finest, float(np.log2(moved).mean()) + NORMAL - (rounding == "trellis") - spare)
     for _ in range(SEARCH):  # a step twice as large costs one bit less, or under one where most are zeros
         miss = _cost(sample, 2.0**octave, rounding) - bits
         octave = max(finest, octave + float(np.clip(miss, -REACH, REACH)))
@@ -70,8 +70,9 @@ def _cost(lanes: Lanes, step: float, rounding: Rounding) -> float:
     alphabet = int(tokens.max()) + 1
     contexts = (2 * lane_classes(numbers)[:, None] + odd).reshape(-1)
     counts = np.bincount(contexts * alphabet + tokens, minlength=2 * (MOST_CLASS + 1) * alphabet)
-    coded = _sum_of_logs(counts.reshape(-1, alphabet).sum(axis=1)) - _sum_of_logs(counts)
-    return float(coded + plain_width(tokens).sum()) / tokens.size
+    table = counts.reshape(-1, alphabet)
+    coded = _sum_of_logs(table.sum(axis=1)) - _sum_of_logs(counts)
+    return (coded + float(table.sum(axis=0) @ plain_width(np.arange(alphabet)))) / tokens.size
 
 
 def _sum_of_logs(counts: NDArray[np.int64]) -> float:

@@ -54,7 +54,7 @@ def test_classes_are_half_octaves_of_the_mean():
 
 @pytest.mark.parametrize("number", [16, -17, 31, 32, 255, -1000, LARGEST])
 def test_the_token_of_a_large_number_tells_whether_it_is_odd(number):
-    token = int(to_tokens(np.array([number]))[0])
+    token = int(to_tokens(np.array([number], np.int32))[0])
     assert token // 2 % 2 == abs(number) % 2
     assert token % 2 == (number < 0)
 
