@@ -109,7 +109,7 @@ def test_the_plot_shows_something(finished: Path):
 def test_classification_learns(tiny_bert: Path, topics: Path, tmp_path: Path):
     """Random weights under frozen layers: the adapter and the head alone tell the topics apart."""
     config = small_config(
-        tiny_bert, topics, tmp_path / "run", rounds=10, local_steps=15, batch_size=16, partition="iid"
+        tiny_bert, topics, tmp_path / "run", rounds=16, local_steps=15, batch_size=16, partition="iid"
     )
     summary = simulate(config | {"lr-head": 0.05, "lr-bank": 0.02})
     assert summary["score"]["last3"] >= 0.65
