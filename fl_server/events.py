@@ -72,8 +72,8 @@ class EventLog:
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": time, "event": event, **values}, allow_nan=False)
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with self._path.open("ab", buffering=0) as file:
+                file.write(line.encode() + b"\n")
         except OSError as error:
             if not self._failed:
                 log.warning("%s: cannot be written (%s)", self._path, error.strerror)

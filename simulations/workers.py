@@ -12,8 +12,9 @@ import queue
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -28,9 +29,10 @@ from fl_client.settings import SiteSettings
 from fl_client.site import OnStep, Site
 from vblora.errors import ConfigError, FedVBError, RunError
 
-__all__ = ["Workers", "count_workers"]
+__all__ = ["Helpers", "Workers", "count_workers"]
 
 Piece = list[Question]
+Answers = Callable[[Sequence[Question]], Iterator[Answer]]
 
 PATIENCE = 5.0  # seconds for a process to end by itself
 
@@ -49,6 +51,62 @@ def count_workers(asked: int, device: torch.device) -> int:
     return asked or (there if device.index is None else 1)
 
 
+class Helpers:
+    """Processes that answer pieces of questions beside this one, until `close`.
+
+    Args:
+        openers: one a process; called there for every piece, so each should keep what it opens.
+    """
+
+    def __init__(self, openers: Sequence[Callable[[], Answers]]) -> None:
+        context = get_context("spawn")  # a forked CUDA or OpenMP runtime does not work
+        self._connections: list[Connection] = []
+        self._processes = []
+        for opener in openers:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, opener), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def close(self) -> None:
+        """End the processes."""
+        for connection in self._connections:
+            connection.close()  # who is idle goes home at once, with all that it has opened
+        for process in self._processes:
+            process.join(PATIENCE)
+            process.terminate()
+            process.join()
+
+    def answer(self, own: Answers, pieces: Iterable[Piece]) -> Iterator[Answer]:
+        """Answers as they are ready, in any order; `own` is this process's way to them.
+
+        Raises:
+            RunError: a process died.
+        """
+        left = deque(pieces)
+        ready: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
+        feeders = [
+            threading.Thread(target=_feed, args=(connection, left, ready), daemon=True)
+            for connection in self._connections
+        ]
+        for feeder in feeders:
+            feeder.start()
+        try:
+            while piece := _take(left):
+                for found in own(piece):
+                    yield found
+                    yield from _taken(ready)
+            for feeder in feeders:
+                feeder.join()
+            yield from _taken(ready)
+        finally:  # after an error too: no answer to these questions may reach the next caller
+            left.clear()
+            for feeder in feeders:
+                feeder.join()
+
+
 class Workers:
     """Answers questions with `count` processes, this one among them. A context manager: leaving it ends the
     others.
@@ -60,20 +118,13 @@ class Workers:
     def __init__(self, site: Site, count: int) -> None:
         self._site = site
         self._count = count
-        context = get_context("spawn")  # a forked CUDA or OpenMP runtime does not work
         threads = max(1, (os.cpu_count() or 1) // count)
         if count > 1 and site.model.device.type == "cpu":
             torch.set_num_threads(threads)
-        self._connections: list[Connection] = []
-        self._processes = []
-        for number in range(1, count):
-            ours, theirs = context.Pipe()
-            settings = replace(site.settings, device=_device(site.model.device, number))
-            process = context.Process(target=_serve, args=(theirs, settings, threads), daemon=True)
-            process.start()
-            theirs.close()
-            self._connections.append(ours)
-            self._processes.append(process)
+        devices = [_device(site.model.device, number) for number in range(1, count)]
+        self._helpers = Helpers(
+            [partial(_site_answers, replace(site.settings, device=device), threads) for device in devices]
+        )
 
     def __enter__(self) -> Workers:
         return self
@@ -81,38 +132,14 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for connection in self._connections:
-            connection.close()  # who is idle goes home at once, with all that it has opened
-        for process in self._processes:
-            process.join(PATIENCE)
-            process.terminate()
-            process.join()
+        self._helpers.close()
 
     def answer(self, questions: Sequence[Question], on_step: OnStep | None = None) -> Iterator[Answer]:
         """As `fl_client.serve.answer`; answers come as they are ready, in any order."""
+        own = partial(answer, self._site, on_step=on_step)
         if self._count == 1 or not questions or questions[0].kind in ("hello", "describe"):
-            yield from answer(self._site, questions, on_step)
-            return
-        pieces = deque(self._pieces(questions))
-        ready: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
-        feeders = [
-            threading.Thread(target=_feed, args=(connection, pieces, ready), daemon=True)
-            for connection in self._connections
-        ]
-        for feeder in feeders:
-            feeder.start()
-        try:
-            while piece := _take(pieces):
-                for found in answer(self._site, piece, on_step):
-                    yield found
-                    yield from _taken(ready)
-            for feeder in feeders:
-                feeder.join()
-            yield from _taken(ready)
-        finally:  # after an error too: no answer to these questions may reach the next caller
-            pieces.clear()
-            for feeder in feeders:
-                feeder.join()
+            return own(questions)
+        return self._helpers.answer(own, self._pieces(questions))
 
     def _pieces(self, questions: Sequence[Question]) -> Iterator[Piece]:
         """Even shares on GPUs, unless the size of a cohort is given; on a CPU cohorts, small ones last."""
@@ -168,14 +195,19 @@ def _taken(ready: queue.SimpleQueue[Answer | BaseException]) -> Iterator[Answer]
         yield found
 
 
-def _serve(connection: Connection, settings: SiteSettings, threads: int) -> None:
-    """The life of a helper process: open the site when first asked, then answer piece after piece."""
+def _site_answers(settings: SiteSettings, threads: int) -> Answers:
+    """How a helper of a site answers: the site is opened when first asked, and kept."""
     torch.set_num_threads(threads)
+    return partial(answer, open_site(settings))
+
+
+def _serve(connection: Connection, opener: Callable[[], Answers]) -> None:
+    """The life of a helper process: answer piece after piece."""
     try:
         while True:
             piece: Piece = connection.recv()
             try:
-                for found in answer(open_site(settings), piece):
+                for found in opener()(piece):
                     connection.send(found)
             except FedVBError as error:
                 connection.send(error)

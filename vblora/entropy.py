@@ -207,7 +207,8 @@ def to_tokens(flat: NDArray[np.int32]) -> NDArray[np.int32]:
 
 def from_tokens(tokens: NDArray[np.int32], data: Reader) -> NDArray[np.int32]:
     """The numbers that tokens stand for, with the plain bits that follow in `data`."""
-    numbers = (tokens >> 1) ^ -(tokens & 1)
+    numbers, odd = tokens >> 1, tokens & 1
+    numbers ^= np.negative(odd, out=odd)
     large = np.flatnonzero(tokens >= FIRST_LARGE)
     if large.size:
         code = tokens[large] - np.int32(FIRST_LARGE)

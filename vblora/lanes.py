@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from vblora.entropy import (
     BLOCK,
+    FIRST_LARGE,
     LARGEST,
     MAX_TOKENS,
     Reader,
@@ -86,7 +87,7 @@ def encode_lanes(numbers: NDArray[np.signedinteger | np.floating]) -> bytes:
             varint(alphabet),
             varint(len(words)),
             words.astype("<u4").tobytes(),
-            *plain_runs(told.reshape(-1)),
+            *(plain_runs(told.reshape(-1)) if alphabet > FIRST_LARGE else ()),
         ]
     )
 
@@ -114,7 +115,7 @@ def decode_lanes(data: Reader, count: int) -> Whole:
 
     odd = _code(how, classes, count, told, alphabet, code)
     flat = told.reshape(-1)
-    for run in _runs(flat.size, BLOCK):
+    for run in _runs(flat.size, BLOCK if alphabet > FIRST_LARGE or odd is not None else flat.size):
         found = from_tokens(flat[run], data)
         if odd is not None:
             if int(np.abs(found).max()) > LARGEST // 2:

@@ -225,9 +225,9 @@ def _read_sets(data: Reader, base: TopK, num_vectors: int) -> tuple[NDArray[np.i
     """(S, k) places of the members, and (S,) fates."""
     rows, k = base.positions.shape
     fates = _bounded("a row's fate", decode_integers(data, rows), k * (k + 1) - 1)
-    members = base.positions.copy()
-    for count in range(1, k + 1):
-        inside = np.flatnonzero(fates // k == count)
+    members, missing = base.positions.copy(), fates // k
+    for count in range(1, 1 + int(missing.max(initial=0))):
+        inside = np.flatnonzero(missing == count)
         if inside.size:
             old = base.positions[inside]
             lacks = np.zeros(old.shape, np.bool_)

@@ -18,7 +18,6 @@ SEARCH = 16  # steps that are tried, at most
 REACH = 4.0  # octaves from one to the next, at most
 CLOSE = 0.03  # bits from what was asked for, before the last move
 FINEST = 20  # octaves below the largest number, at most: few numbers that are not 0 cost little however fine
-LARGEST = 1 << 24  # multiples beyond which numbers count as one while it is sought
 NORMAL = 2.05  # bits of a normal number at a step of its standard deviation
 GOLDEN = 0.618  # multiples of it lie evenly between 0 and 1
 
@@ -57,7 +56,7 @@ def find_step(change: NDArray[np.floating], bits: float, rounding: Rounding = "n
 
 def _cost(lanes: Lanes, step: float, rounding: Rounding) -> float:
     """Bits a number, with frequencies as they are in each context."""
-    whole = np.clip(lanes / step, -LARGEST, LARGEST)
+    whole = lanes / step
     odd = np.zeros(lanes.shape[1], np.int64)
     if rounding == "chance":
         whole += np.arange(lanes.size).reshape(lanes.shape) * GOLDEN % 1 - 0.5

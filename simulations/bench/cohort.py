@@ -113,7 +113,13 @@ def _overhead(repeats: int, shapes: Sequence[str] | None) -> dict[str, Any]:
     found: dict[str, Any] = apart(measure_overhead, 1000, repeats)
     rows = [
         {"what": f"opaque, {found['opaque_bytes']:,} B each way", "seconds": found["opaque_seconds"]},
-        {"what": f"default wire, {found['update_bytes']:,} B up", "seconds": found["wire_seconds"]},
+        *(
+            {
+                "what": f"default wire, {row['update_bytes']:,} B up, processes: {row['processes']}",
+                "seconds": row["seconds"],
+            }
+            for row in found["wire"]
+        ),
     ]
     columns = {"payload": lambda row: row["what"], "s a round": lambda row: f"{row['seconds']:.3f}"}
     print_table(f"A round of {found['clients']:,} clients that do no training", rows, columns)

@@ -6,8 +6,9 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +32,7 @@ from fl_server.plot import read_history
 from simulations.bench.shapes import LABELS, SHAPES, Shape, build, make_examples
 from simulations.grid import InProcessGrid, run_server_app
 from simulations.meters import resident
+from simulations.workers import Helpers
 from vblora.frame import read_blob
 from vblora.model import describe_base, find_head, find_linears
 from vblora.rounding import WIRES, round_update
@@ -41,6 +43,7 @@ from vblora.wire import decode_state, encode_update
 __all__ = ["measure_overhead", "measure_scale"]
 
 MB = 1e6
+PIECE = 16  # clients that a process is asked for at once
 OPAQUE = 100_000  # bytes each way, as in the measurement of Ray that this is compared with
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -52,19 +55,25 @@ TINY: dict[str, Any] = {
 }
 
 
-def measure_overhead(clients: int, rounds: int) -> dict[str, Any]:
+def measure_overhead(clients: int, rounds: int, processes: Sequence[int] = (1, 2)) -> dict[str, Any]:
     """Seconds of a round of clients that do no training: bytes carried to and fro, and whole rounds of
-    MiniLM's adapter, each update rounded by the default wire, encoded, kept, decoded, checked, averaged."""
-    with TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        records = _run(_Idle(out / "clients"), out, clients, clients, rounds)
-    seconds = [record["seconds"] for record in records[1:]]
+    MiniLM's adapter, each update rounded by the default wire, encoded, kept, decoded, checked, averaged; by
+    how many processes answer for the clients, the server's among them."""
+    wire = []
+    for count in processes:
+        with TemporaryDirectory() as folder:
+            out = Path(folder) / "run"
+            records = _run_idle(out, clients, rounds, count)
+        seconds = [record["seconds"] for record in records[1:]]
+        # The first round starts the helpers, the last is evaluated as well.
+        typical = statistics.median(seconds[1:-1] or seconds)
+        update = records[1]["bytes"]["up_per_client"]
+        wire.append({"processes": count, "update_bytes": update, "seconds": typical})
     return {
         "clients": clients,
         "opaque_bytes": OPAQUE,
         "opaque_seconds": statistics.median(_carried(clients) for _ in range(rounds)),
-        "update_bytes": records[1]["bytes"]["up_per_client"],
-        "wire_seconds": statistics.median(seconds[:-1] or seconds),  # the last round is evaluated as well
+        "wire": wire,
     }
 
 
@@ -114,6 +123,19 @@ def _run(
     return read_history(out)
 
 
+def _run_idle(out: Path, clients: int, rounds: int, processes: int) -> list[dict[str, Any]]:
+    folder = out / "clients"
+    with closing(Helpers([partial(_idle, folder)] * (processes - 1))) as helpers:
+
+        def answers(questions: Sequence[Question]) -> Iterator[Answer]:
+            if questions[0].kind != "train":
+                return _idle(folder)(questions)
+            pieces = range(0, len(questions), PIECE)
+            return helpers.answer(_idle(folder), [[*questions[at : at + PIECE]] for at in pieces])
+
+        return _run(answers, out, clients, clients, rounds)
+
+
 def _carried(clients: int) -> float:
     """Seconds to carry opaque bytes to all clients and others back."""
 
@@ -128,6 +150,12 @@ def _carried(clients: int) -> float:
     for _ in exchange.ask(requests, 3600.0):
         pass
     return time.perf_counter() - started
+
+
+@cache
+def _idle(folder: Path) -> _Idle:
+    """One a process."""
+    return _Idle(folder)
 
 
 class _Idle:

@@ -163,8 +163,11 @@ def test_benches_run_with_torch_and_transformers_alone(tiny_bert: Path, topics: 
 def test_a_round_without_training_costs_little():
     found = measure_overhead(30, 2)
     assert found["clients"] == 30
-    assert 10_000 < found["update_bytes"] < 40_000
-    assert 0 < found["opaque_seconds"] < found["wire_seconds"] < 5
+    assert [row["processes"] for row in found["wire"]] == [1, 2]
+    one, two = (row["update_bytes"] for row in found["wire"])
+    assert 10_000 < one == two < 40_000
+    assert found["opaque_seconds"] > 0
+    assert all(row["seconds"] > 0 for row in found["wire"])
 
 
 @pytest.mark.slow
@@ -251,7 +254,7 @@ def test_every_part_prints_its_table_and_writes_its_numbers(
 ):
     monkeypatch.setitem(SHAPES, "minilm", replace(SHAPES["minilm"], sizes=TINY_BERT, cohorts=(1, 2)))
     small = {
-        "measure_overhead": lambda clients, rounds: measure_overhead(5, 2),
+        "measure_overhead": lambda clients, rounds: measure_overhead(5, 2, (1,)),
         "measure_scale": lambda clients, per_round, rounds: measure_scale(20, 3, 6),
     }
     monkeypatch.setattr(engines, "apart", lambda function, *arguments: small[function.__name__](*arguments))
