@@ -24,6 +24,7 @@ __all__ = [
     "BLOCK",
     "LARGEST",
     "MAX_TOKENS",
+    "MOST_COUNTED",
     "Reader",
     "as_whole",
     "decode_integers",
@@ -45,6 +46,7 @@ LONGEST = 31
 LARGEST = (1 << LONGEST) - 1
 FIRST_LARGE = 2 * DIRECT
 MAX_TOKENS = FIRST_LARGE + 16 * (LONGEST - TOLD)
+MOST_COUNTED = 1 << 22  # frequencies are halved above this: the coder knows none below 2^-24
 BLOCK = 1 << 12  # numbers whose plain bits lie together, decoded at once: temporaries stay small
 
 
@@ -272,5 +274,7 @@ def _read_table(data: Reader, count: int) -> tuple[NDArray[np.int32], Ints]:
 
 
 def _model(counts: Ints) -> constriction.stream.model.Categorical:
-    """Frequencies as the coder holds them: 24 bits, by float32 additions alone, so alike on every machine."""
+    """Frequencies as the coder holds them: 24 bits, by single steps in float32, so alike on every machine."""
+    while int(counts.sum()) > MOST_COUNTED:
+        counts = (counts + 1) // 2
     return constriction.stream.model.Categorical(counts.astype(np.float32), perfect=False)

@@ -25,6 +25,8 @@ FORMAT = "fedvb-state-1"
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"} | {
     f"{letter}{bits}": f"<{letter.lower()}{bits // 8}" for letter in "IU" for bits in (8, 16, 32, 64)
 }
+# Of a file that safetensors or JSON cannot read; of bfloat16 and smaller floats numpy knows nothing.
+UNREADABLE = (OSError, SafetensorError, LookupError, ArithmeticError, TypeError, ValueError, AttributeError)
 LENGTH = struct.Struct("<Q")  # of a safetensors header, in front of it
 
 
@@ -112,13 +114,16 @@ def load_state(path: Path) -> tuple[State, Blueprint]:
         if metadata.get("format") != FORMAT:
             raise RunError(f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}")
         blueprint = Blueprint.from_json(metadata["blueprint"])
+        for name, tensor in tensors.items():
+            if tensor.dtype != (expected := np.int32 if name == "positions" else np.float32):
+                raise RunError(f"{path}: {name} is {tensor.dtype}, expected {np.dtype(expected)}")
         topk = TopK(tensors.pop("positions"), tensors.pop("gaps")) if "positions" in tensors else None
         state = State(int(metadata["version"]), tensors, topk)
         found = state.digest.hex(), blueprint.fingerprint.hex()
-        expected = metadata["digest"], metadata["fingerprint"]
-    except (OSError, SafetensorError, KeyError, ValueError, OverflowError, ModelError) as error:
+        named = metadata["digest"], metadata["fingerprint"]
+    except (*UNREADABLE, ModelError) as error:
         raise RunError(f"{path}: not a readable state file ({error})") from error
-    if found != expected:
+    if found != named:
         raise RunError(f"{path}: content does not match its digest; the file is damaged")
     if faults := list(content_faults(state.dense, state.topk, blueprint)):
         raise RunError(f"{path}: not a state of its own adapter: {'; '.join(faults)}")

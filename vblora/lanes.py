@@ -25,6 +25,7 @@ from vblora.entropy import (
     FIRST_LARGE,
     LARGEST,
     MAX_TOKENS,
+    MOST_COUNTED,
     Reader,
     as_whole,
     decode_integers,
@@ -54,7 +55,7 @@ UNIT_CLASS = 9  # of a mean size of 1; classes are half octaves apart, class 0 i
 MOST_CLASS = UNIT_CLASS + 62
 EDGES = 2.0 ** ((np.arange(2, MOST_CLASS + 1) - UNIT_CLASS - 0.5) / 2)  # between the mean sizes of classes
 SEEN = 128  # what one number that was read adds to a frequency
-MOST_SEEN = 1 << 22  # frequencies of a context are halved above this: the coder knows none below 2^-24
+LONG_RUN = 1 << 16  # numbers taken from their tokens at once, where no plain bits follow
 START = 32 * SEEN  # what the frequencies of a context come to before any was read
 
 
@@ -115,7 +116,7 @@ def decode_lanes(data: Reader, count: int) -> Whole:
 
     odd = _code(how, classes, count, told, alphabet, code)
     flat = told.reshape(-1)
-    for run in _runs(flat.size, BLOCK if alphabet > FIRST_LARGE or odd is not None else flat.size):
+    for run in _runs(flat.size, BLOCK if alphabet > FIRST_LARGE or odd is not None else LONG_RUN):
         found = from_tokens(flat[run], data)
         if odd is not None:
             if int(np.abs(found).max()) > LARGEST // 2:
@@ -168,7 +169,7 @@ class LaneModel:
         shape = self._frequencies.shape
         seen = np.bincount(contexts * shape[1] + symbols, minlength=self._frequencies.size)
         self._frequencies += SEEN * seen.reshape(shape)
-        full = self._frequencies.sum(axis=1) > MOST_SEEN
+        full = self._frequencies.sum(axis=1) > MOST_COUNTED
         self._frequencies[full] = (self._frequencies[full] + 1) // 2
 
 
@@ -203,7 +204,7 @@ def _code_class(tokens: Whole, number: int, alphabet: int, code: Code) -> None:
         start += block.size
         if start < tokens.size:
             frequencies += SEEN * np.bincount(block, minlength=alphabet)
-            while int(frequencies.sum()) > MOST_SEEN:
+            while int(frequencies.sum()) > MOST_COUNTED:
                 frequencies = (frequencies + 1) // 2
 
 

@@ -1,11 +1,11 @@
 """What is given up so that a message becomes small, and who remembers it.
 
-An update is rounded to steps that its sender chooses by the bits they cost, not by its largest number, along
-a trellis (`vblora.trellis`). A state is rounded to a fixed grid around the values of version 0, so that the
-difference of any two states is a few whole numbers, and adding them gives the same bits everywhere. What
-rounding drops stays with whoever rounded, and is added to what he sends next (error feedback, arXiv
-1901.09847). Gaps of logits are rounded up or down by chance, so that means over clients and rounds come out
-right without any memory.
+An update is rounded to steps that its sender chooses by the bits they cost, not by its largest number: to
+the nearest one, by chance, or along a trellis (`vblora.trellis`). A state is rounded to a fixed grid around
+the values of version 0, so that the difference of any two states is a few whole numbers, and adding them
+gives the same bits everywhere. What rounding drops stays with whoever rounded, and is added to what he
+sends next (error feedback, arXiv 1901.09847). Gaps of logits are rounded up or down by chance, so that
+means over clients and rounds come out right without any memory.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ Dense = Mapping[str, Floats]
 GRID = 2.0**-20  # of a state, around version 0; a float32 below 16 tells its neighbours apart
 FINEST_GAPS = 6  # bits of a gap near 0: all values of `vblora.gaps`
 FLOAT32, BFLOAT16 = 32.0, 16.0
+FAR = 8.0  # a state with a number as large is sent whole: the grid may not tell it from its neighbours
 SWITCH = ("on", "off", "auto")
-MOST_STEPS = 1 << 23  # of an update: whole in float32
 
 
 @dataclass(frozen=True)
@@ -201,13 +201,17 @@ def round_state(
             left |= {name: waiting[name]} if name in waiting else {}
             continue
         wanted = array + waiting[name] if name in waiting else array
-        held = on_grid(old, start)
-        if held is None or not float(np.abs(wanted).max(initial=0.0)) < 8:
-            dense[name] = array  # sent whole
+        if not float(np.abs(wanted).max(initial=0.0)) < FAR:
+            dense[name] = wanted
             continue
-        change = (wanted.astype(np.float64) - old) / GRID
-        coarse = _power_of_two(find_step(change, settings.down_bits))
-        dense[name] = from_grid(start, held + (np.rint(change / coarse) * coarse).astype(np.int64))
+        held = on_grid(old, start)
+        change = (wanted.astype(np.float64) - (start if held is None else old)) / GRID
+        if held is None:  # the last one was sent whole, and so is this one; the next need not be
+            whole = np.rint(change)
+        else:
+            coarse = _power_of_two(find_step(change, settings.down_bits))
+            whole = held + np.rint(change / coarse) * coarse
+        dense[name] = from_grid(start, whole.astype(np.int64))
         left[name] = wanted - dense[name]
     topk = exact.topk
     if topk is not None and reference.topk is not None:
@@ -221,13 +225,14 @@ def from_grid(initial: Floats, steps: Ints) -> Floats:
 
 
 def on_grid(values: Floats, initial: Floats) -> Ints | None:
-    """The steps from `initial` to `values`, or None where there are values off the grid."""
+    """The steps from `initial` to `values`, or None where there are values off the grid, -0 among them."""
     with np.errstate(over="ignore", invalid="ignore"):
         steps = np.rint((values.astype(np.float64) - initial) / GRID)
     if not (np.abs(steps) <= LARGEST).all():
         return None
     whole = steps.astype(np.int64)
-    return whole if np.array_equal(from_grid(initial, whole), values) else None
+    same = np.array_equal(from_grid(initial, whole).view(np.uint32), values.view(np.uint32))
+    return whole if same else None
 
 
 def _rounded(
@@ -251,7 +256,7 @@ def _rounded(
     if settings.keep < 1:
         size = np.abs(change)
         whole = np.where(size >= np.quantile(size, 1 - settings.keep), whole, np.float32(0))
-    return (np.clip(whole, -MOST_STEPS, MOST_STEPS) + np.float32(0)) * step, float(step)
+    return (whole + np.float32(0)) * step, float(step)  # + 0: no -0
 
 
 def _power_of_two(step: float) -> float:

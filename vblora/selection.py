@@ -32,8 +32,10 @@ __all__ = ["Streams", "decode_selection", "encode_selection", "round_selection",
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
+Places = NDArray[np.int32]
 
 IN_FULL = 255  # in place of the exponent: gaps are float32
+BLOCK = 1 << 12  # rows put together at once
 
 
 @dataclass(frozen=True)
@@ -191,9 +193,11 @@ def _by_fate(fates: NDArray[np.signedinteger], k: int) -> list[Ints]:
 
 
 def _exponent(topk: TopK, base: TopK, members: _Members) -> int | None:
-    """Of the coarsest values that tell all gaps; None where gaps do not tell a row."""
+    """Of the coarsest values that tell all gaps; None where they do not tell a row."""
     stays = members.fates == 0
     same = (members.gaps.view(np.uint32) == base.gaps.view(np.uint32)) & stays[:, None]
+    if ((members.gaps == base.gaps) & ~same & stays[:, None]).any():
+        return None  # 0 and -0, which no move tells apart
     as_base = stays & same.all(axis=1)
     rest = np.flatnonzero(~as_base)
     ordered = _in_order(topk.positions[rest], topk.gaps[rest]).positions
@@ -213,7 +217,7 @@ def _in_full(topk: TopK, base: TopK, members: _Members) -> tuple[list[Ints], byt
     return [differs.astype(np.int64), *order[differs, 1 : k - 1].T], gaps
 
 
-def _ranks(members: NDArray[np.int32], base: NDArray[np.int32]) -> Ints:
+def _ranks(members: Places, base: Places) -> Ints:
     """(S, k) ranks of places among those that the base's row does not name; of such places only."""
     return np.asarray(members - (base[:, None, :] < members[:, :, None]).sum(axis=2))
 
@@ -221,7 +225,7 @@ def _ranks(members: NDArray[np.int32], base: NDArray[np.int32]) -> Ints:
 # --- Reading -------------------------------------------------------------------------
 
 
-def _read_sets(data: Reader, base: TopK, num_vectors: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def _read_sets(data: Reader, base: TopK, num_vectors: int) -> tuple[Places, NDArray[np.int32]]:
     """(S, k) places of the members, and (S,) fates."""
     rows, k = base.positions.shape
     fates = _bounded("a row's fate", decode_integers(data, rows), k * (k + 1) - 1)
@@ -229,24 +233,29 @@ def _read_sets(data: Reader, base: TopK, num_vectors: int) -> tuple[NDArray[np.i
     for count in range(1, 1 + int(missing.max(initial=0))):
         inside = np.flatnonzero(missing == count)
         if inside.size:
-            old = base.positions[inside]
-            lacks = np.zeros(old.shape, np.bool_)
-            np.put_along_axis(lacks, decode_subsets(data, inside.size, count, k), True, axis=1)
-            kept = lacks.argsort(axis=1, kind="stable")
-            members[inside] = np.take_along_axis(old, kept, axis=1)
-            ranks = decode_subsets(data, inside.size, count, num_vectors - k)
-            for named in np.sort(old, axis=1).T:
-                ranks += ranks >= named[:, None]  # at or above the j-th named place it is one further
-            members[inside, k - count :] = ranks
+            lacking = decode_subsets(data, inside.size, count, k)
+            fresh = decode_subsets(data, inside.size, count, num_vectors - k)
+            for run in _runs(inside.size):
+                rows = inside[run]
+                members[rows] = _replaced(base.positions[rows], lacking[run], fresh[run])
     return members, fates
 
 
-def _read_gaps(
-    data: Reader, base: TopK, members: NDArray[np.int32], fates: NDArray[np.int32], exponent: int
-) -> TopK:
-    """Gaps as moves and values; they give the order of the members."""
-    rows, k = members.shape
-    gaps = np.zeros((rows, k - 1), np.float32)
+def _replaced(old: Places, lacking: Places, fresh: Places) -> Places:
+    """(n, k) the places of `old` but those at `lacking`, (n, t), then the new ones by their ranks, (n, t)."""
+    lacks = np.zeros(old.shape, np.bool_)
+    np.put_along_axis(lacks, lacking, True, axis=1)
+    members = np.take_along_axis(old, lacks.argsort(axis=1, kind="stable"), axis=1)
+    for named in np.sort(old, axis=1).T:
+        fresh = fresh + (fresh >= named[:, None])  # at or above the j-th named place it is one further
+    members[:, old.shape[1] - fresh.shape[1] :] = fresh
+    return members
+
+
+def _read_gaps(data: Reader, base: TopK, members: Places, fates: NDArray[np.int32], exponent: int) -> TopK:
+    """Gaps as moves and values; they give the order of the members, which are overwritten with it."""
+    count, k = members.shape
+    gaps = np.zeros((count, k - 1), np.float32)
     for number, inside in enumerate(_by_fate(fates, k)):
         start = np.zeros((inside.size, k - 1), np.float32) if number else base.gaps[inside]
         moves = decode_integers(data, start.size).reshape(start.shape)
@@ -254,18 +263,20 @@ def _read_gaps(
         if values is None:
             raise WireError(f"selection: a gap of {moves.min()} to {moves.max()} values is beyond the last")
         gaps[inside] = values
-    kept = (fates == 0) & (gaps.view(np.uint32) == base.gaps.view(np.uint32)).all(axis=1)
-    differs = np.flatnonzero(~kept)
-    own, largest = members[differs], fates[differs, None] % k
-    first = np.take_along_axis(own, largest, axis=1)
-    later = np.take_along_axis(own, _without(largest, k), axis=1)
-    found = _in_order(np.concatenate([first, later], axis=1), gaps[differs])
-    positions = base.positions.copy()
-    positions[differs], gaps[differs] = found.positions, found.gaps
-    return TopK(positions, gaps)
+    for rows in _runs(count):
+        largest = fates[rows, None] % k
+        first = np.take_along_axis(members[rows], largest, axis=1)
+        later = np.take_along_axis(members[rows], _without(largest, k), axis=1)
+        found = _in_order(np.concatenate([first, later], axis=1), gaps[rows])
+        kept = (fates[rows] == 0) & (gaps[rows].view(np.uint32) == base.gaps[rows].view(np.uint32)).all(
+            axis=1
+        )
+        members[rows] = np.where(kept[:, None], base.positions[rows], found.positions)
+        gaps[rows] = np.where(kept[:, None], base.gaps[rows], found.gaps)
+    return TopK(members, gaps)
 
 
-def _read_in_full(data: Reader, base: TopK, members: NDArray[np.int32], fates: NDArray[np.int32]) -> TopK:
+def _read_in_full(data: Reader, base: TopK, members: Places, fates: NDArray[np.int32]) -> TopK:
     """Order and gaps of the rows that differ from the base's."""
     rows, k = members.shape
     differs = np.flatnonzero(_bounded("a row that differs or not", decode_integers(data, rows), 1))
@@ -289,13 +300,17 @@ def _bounded(what: str, numbers: NDArray[Any], most: int) -> NDArray[Any]:
     return numbers
 
 
-def _in_order(positions: NDArray[np.int32], gaps: Floats) -> TopK:
+def _in_order(positions: Places, gaps: Floats) -> TopK:
     """The later places of each row by their gaps, equal ones by their places: the order that gaps tell."""
     if gaps.shape[1] < 2:
         return TopK(positions, gaps)
     order = np.lexsort((positions[:, 1:], gaps), axis=1)
     later = np.take_along_axis(positions[:, 1:], order, axis=1)
     return TopK(np.concatenate([positions[:, :1], later], axis=1), np.take_along_axis(gaps, order, axis=1))
+
+
+def _runs(count: int) -> list[slice]:
+    return [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
 
 
 def _without(largest: NDArray[np.signedinteger], k: int) -> Ints:

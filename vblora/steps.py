@@ -18,6 +18,7 @@ SEARCH = 16  # steps that are tried, at most
 REACH = 4.0  # octaves from one to the next, at most
 CLOSE = 0.03  # bits from what was asked for, before the last move
 FINEST = 20  # octaves below the largest number, at most: few numbers that are not 0 cost little however fine
+SMALLEST = -126.0  # octave of the smallest step, a normal float32
 NORMAL = 2.05  # bits of a normal number at a step of its standard deviation
 GOLDEN = 0.618  # multiples of it lie evenly between 0 and 1
 
@@ -38,16 +39,16 @@ def find_step(change: NDArray[np.floating], bits: float, rounding: Rounding = "n
     flat = change.reshape(-1)
     length = min(flat.size, lane_length(flat.size))
     lanes = flat[: flat.size // length * length].reshape(-1, length)
-    sample = lanes[:: max(1, lanes.size // SAMPLE)]
-    spreads = np.sqrt(np.square(sample, dtype=np.float64).mean(axis=1))
-    moved = spreads[spreads > 0]
-    if not moved.size or not np.isfinite(spreads).all():
+    moved = lanes[lanes.any(axis=1)]
+    if not moved.size:
         return float(np.abs(flat).max(initial=0.0)) or 1.0
-    spare = bits * len(spreads) / len(moved)  # bits of a number of the lanes that move
-    finest = float(np.log2(np.abs(flat).max())) - FINEST
-    octave = max(finest, float(np.log2(moved).mean()) + NORMAL - (rounding == "trellis") - spare)
+    sample = moved[:: max(1, moved.size // SAMPLE)]
+    spare = bits * len(lanes) / len(moved)  # bits of a number of the lanes that move
+    spread = np.log2(np.square(sample, dtype=np.float64).mean(axis=1)) / 2
+    finest = max(float(np.log2(np.abs(flat).max())) - FINEST, SMALLEST)
+    octave = max(finest, float(spread.mean()) + NORMAL - (rounding == "trellis") - spare)
     for _ in range(SEARCH):  # a step twice as large costs one bit less, or under one where most are zeros
-        miss = _cost(sample, 2.0**octave, rounding) - bits
+        miss = _cost(sample, 2.0**octave, rounding) - spare
         octave = max(finest, octave + float(np.clip(miss, -REACH, REACH)))
         if abs(miss) < CLOSE or octave == finest:
             break

@@ -18,9 +18,11 @@ from vblora.errors import WireError
 __all__ = ["decode_subsets", "encode_subsets", "steps"]
 
 Ints = NDArray[np.int64]
+Numbers = NDArray[np.int32]
 
 TOLD, PACKED = 0, 1
 LONGEST = 62  # bits of a rank
+BLOCK = 1 << 12  # ranks taken apart at once
 
 
 def steps(subsets: Ints) -> Ints:
@@ -37,25 +39,28 @@ def encode_subsets(subsets: Ints, count: int) -> bytes:
     return bytes([TOLD]) + told
 
 
-def decode_subsets(data: Reader, rows: int, size: int, count: int) -> Ints:
-    """Read (rows, size) rising numbers of 0 to `count` - 1.
+def decode_subsets(data: Reader, rows: int, size: int, count: int) -> Numbers:
+    """Read (rows, size) rising numbers of 0 to `count` - 1, in the room of twice them and a block.
 
     Raises:
         WireError: the bytes are none.
     """
     how = data.take(1)[0]
-    if how == PACKED and _can_pack(count, size):
+    if how == PACKED:
+        if not _can_pack(count, size):
+            raise WireError(f"subsets: {size} of {count} numbers are packed, whose ranks may be too long")
         return _unpack(data.take(_packed_size(rows, count, size)), rows, count, size)
     if how != TOLD:
         raise WireError(f"subsets: told in way {how}, expected {TOLD} or {PACKED}")
-    subsets = np.full((rows, size), -1, np.int64)
+    subsets, last = np.empty((rows, size), np.int32), np.full(rows, -1, np.int32)
     for place in range(size):
-        step = decode_integers(data, rows).astype(np.int64)
-        subsets[:, place] = step + subsets[:, place - 1] + 1
-        if not ((step >= 0) & (subsets[:, place] < count)).all():
-            raise WireError(
-                f"subsets: a number of {subsets[:, place].max()}, expected rising ones to {count - 1}"
-            )
+        step = decode_integers(data, rows)
+        wrong = (step < 0) | (step > count - 2 - last)
+        if wrong.any():
+            found = int(step[wrong][0]) + int(last[wrong][0]) + 1
+            raise WireError(f"subsets: a number of {found}, expected rising ones to {count - 1}")
+        last = step + last + 1
+        subsets[:, place] = last
     return subsets
 
 
@@ -80,24 +85,29 @@ def _pack(subsets: Ints, count: int) -> bytes:
     return np.packbits(planes, bitorder="little").tobytes()
 
 
-def _unpack(packed: bytes | memoryview, rows: int, count: int, size: int) -> Ints:
+def _unpack(packed: bytes | memoryview, rows: int, count: int, size: int) -> Numbers:
     """Read `rows` subsets of `size` of 0 to `count` - 1 back; `packed` has `_packed_size` bytes.
 
     Raises:
         WireError: a rank that no subset has.
     """
-    bits = _bits(count, size)
-    planes = np.unpackbits(np.frombuffer(packed, np.uint8), count=rows * bits, bitorder="little")
-    ranks = np.zeros(rows, np.int64)
-    for place in range(bits):
-        ranks |= planes[place::bits].astype(np.int64) << place
-    if rows and int(ranks.max()) >= math.comb(count, size):
-        raise WireError(f"subsets: rank {ranks.max()}, expected 0 to {math.comb(count, size) - 1}")
-    subsets = np.zeros((rows, size), np.int64)
-    for place in reversed(range(size)):
-        choose = _choose(count, place + 1)
-        subsets[:, place] = np.searchsorted(choose, ranks, side="right") - 1
-        ranks -= choose[subsets[:, place]]
+    bits, most = _bits(count, size), math.comb(count, size)
+    choose = [_choose(count, place + 1) for place in range(size)]
+    subsets = np.empty((rows, size), np.int32)
+    data = np.frombuffer(packed, np.uint8)
+    for start in range(0, rows, BLOCK):  # a block of ranks begins with a byte
+        block = subsets[start : start + BLOCK]
+        part = data[start * bits // 8 : -(-(start + BLOCK) * bits // 8)]
+        planes = np.unpackbits(part, count=len(block) * bits, bitorder="little")
+        ranks = np.zeros(len(block), np.int64)
+        for place in range(bits):
+            ranks |= planes[place::bits].astype(np.int64) << place
+        if int(ranks.max()) >= most:
+            raise WireError(f"subsets: rank {ranks.max()}, expected 0 to {most - 1}")
+        for place in reversed(range(size)):
+            found = np.searchsorted(choose[place], ranks, side="right") - 1
+            ranks -= choose[place][found]
+            block[:, place] = found
     return subsets
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vblora.entropy import Reader
+from vblora.entropy import LARGEST, Reader
 from vblora.errors import UnknownStateError, WireError
 from vblora.frame import Encoding, Header, Kind, Section, read_blob, write_blob
 from vblora.lanes import decode_lanes, encode_lanes
@@ -182,12 +182,14 @@ def _float_section(name: str, array: Floats) -> Section:
 
 
 def _grid_section(name: str, values: Floats, base: Floats, start: Floats) -> Section | None:
-    """The difference of two arrays on the grid, or None where one of them is not."""
+    """The difference of two arrays on the grid, or None where one is not, or they lie too far apart."""
     new, old = on_grid(values, start), on_grid(base, start)
     if new is None or old is None:
         return None
     change = new - old
     exponent = _common_exponent(change)
+    if int(np.abs(change).max(initial=0)) >> exponent > LARGEST:
+        return None
     payload = bytes([exponent]) + encode_lanes(change >> exponent)
     return Section(name, Encoding.GRID, values.shape, payload)
 

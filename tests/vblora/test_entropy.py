@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+import constriction
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vblora.entropy import LARGEST, Reader, decode_integers, encode_integers, entropy_bits, varint
+from vblora.entropy import LARGEST, Reader, _model, decode_integers, encode_integers, entropy_bits, varint
 from vblora.errors import WireError
 
 
@@ -42,6 +43,19 @@ def test_beyond_31_bits():
 def test_noise_is_refused_or_read(noise, count):
     with suppress(WireError):
         assert len(decode_integers(Reader(noise), count)) == count
+
+
+def test_rare_tokens_among_very_many_can_be_coded():
+    """The coder knows no probability below 2^-24, and gives a last token that is rarer none."""
+    rng, last = np.random.default_rng(1), np.zeros(1, np.int32)
+    for _ in range(200):
+        rare = rng.integers(1, 4, rng.integers(3, 60))
+        model = _model(np.concatenate([[rng.integers(1 << 24, 1 << 25)], rare]))
+        last[0] = len(rare)
+        encoder = constriction.stream.queue.RangeEncoder()
+        encoder.encode(last, model)
+        decoder = constriction.stream.queue.RangeDecoder(encoder.get_compressed())
+        np.testing.assert_array_equal(decoder.decode(model, 1), last)
 
 
 @settings(deadline=None)

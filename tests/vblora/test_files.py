@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load, save
+from safetensors.torch import save_file as torch_save
 
 from tests.vblora.make_golden import BLUEPRINT, make_state
 from vblora.errors import RunError
@@ -170,10 +172,18 @@ def test_wrong_metadata_is_refused(saved, metadata):
         {"bank": np.zeros((6, 4), np.float32)},
         {"extra": np.zeros(1, np.float32)},
         {"gaps": np.zeros((3, 1), np.float32)},
+        {"bank": make_state().dense["bank"].astype(np.float64)},
+        {"positions": make_state().topk.positions.astype(np.int64)},
     ],
 )
 def test_wrong_tensors_are_refused(saved, tensors):
     _rewritten(saved, tensors)
+    with pytest.raises(RunError, match=r"state\.safetensors: "):
+        load_state(saved)
+
+
+def test_numbers_that_numpy_does_not_know_are_refused(saved):
+    torch_save({"bank": torch.zeros(6, 4, dtype=torch.bfloat16)}, saved)
     with pytest.raises(RunError, match=r"state\.safetensors: "):
         load_state(saved)
 

@@ -117,6 +117,9 @@ def test_off_the_grid():
     start = initial(BIG).dense["bank"]
     assert on_grid(start + np.float32(GRID / 3), start) is None
     assert on_grid(start * np.float32(np.inf), start) is None
+    zeros = np.zeros(8, np.float32)
+    assert on_grid(zeros, zeros) is not None
+    assert on_grid(-zeros, zeros) is None  # adding steps gives 0
 
 
 def test_states_keep_what_rounding_drops():
@@ -151,12 +154,37 @@ def test_a_section_that_nobody_trained_is_still_while_something_waits():
     assert later["bank"] is waiting["bank"]
 
 
-def test_a_state_that_left_the_grid_goes_on_whole():
+def test_a_state_with_a_large_number_goes_whole_with_what_waited():
     start = initial(BIG)
     far = State(1, {"bank": start.dense["bank"] + np.float32(100.3)}, start.topk)
-    state, waiting = round_state(far, start, start, WIRES["default"], {})
-    np.testing.assert_array_equal(state.dense["bank"], far.dense["bank"])
+    waits = {"bank": np.full_like(far.dense["bank"], 0.25)}
+    state, waiting = round_state(far, start, start, WIRES["default"], waits)
+    np.testing.assert_array_equal(state.dense["bank"], far.dense["bank"] + np.float32(0.25))
     assert waiting == {}
+
+
+def test_a_state_returns_to_the_grid():
+    """One large number in one round must not send the section whole for the rest of the run."""
+    start = initial(BIG)
+    far = {"bank": start.dense["bank"] + change(start).dense["bank"]}
+    far["bank"][0, 0] = 8.5
+    away, _ = round_state(State(1, far, start.topk), start, start, WIRES["default"], {})
+    near = State(2, {"bank": start.dense["bank"] + change(start).dense["bank"]}, start.topk)
+    back, waiting = round_state(near, away, start, WIRES["default"], {})
+    assert on_grid(away.dense["bank"], start.dense["bank"]) is None
+    assert on_grid(back.dense["bank"], start.dense["bank"]) is not None
+    assert np.abs(waiting["bank"]).max() <= GRID
+    np.testing.assert_allclose(back.dense["bank"] + waiting["bank"], near.dense["bank"], atol=1e-7)
+
+
+def test_a_change_too_small_for_a_step_is_finite():
+    state = initial(BIG)
+    tiny = np.zeros_like(state.dense["bank"])
+    tiny[0, :20] = 1e-43
+    exact = Update(0, state.digest, 1, {"bank": tiny}, state.topk)
+    rounded, _ = round_update(exact, state, WIRES["default"], {}, noise())
+    assert rounded.steps["bank"] > 0
+    assert np.isfinite(rounded.dense["bank"]).all()
 
 
 def test_gaps_stay_in_order():

@@ -54,6 +54,12 @@ def test_exact_gaps_come_back_to_the_bit(shape):
     assert equal(decode_selection(encode_selection(topk, base, h), base, h), topk)
 
 
+def test_no_move_leads_from_minus_zero_to_zero():
+    base = TopK(np.array([[0, 1], [3, 2]], np.int32), np.array([[-0.0], [0.5]], np.float32))
+    topk = TopK(base.positions, np.array([[0.0], [0.75]], np.float32))
+    assert equal(decode_selection(encode_selection(topk, base, 6), base, 6), topk)
+
+
 @settings(deadline=None, max_examples=150)
 @given(shapes, st.sampled_from([0, 2, 6]), st.booleans())
 def test_rounded_gaps_come_back_to_the_bit(shape, exponent, on_values):

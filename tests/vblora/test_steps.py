@@ -29,5 +29,17 @@ def test_few_numbers_among_zeros_are_told_finely_but_not_beyond():
     assert step == pytest.approx(np.abs(change).max() * 2.0**-FINEST)
 
 
+def test_few_lanes_that_move_are_not_overlooked():
+    """Of a large bank of which few vectors moved: found on a sample, which must hold some of them."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        change = np.zeros((2048, 256), np.float32)
+        rows = rng.choice(2048, 20, replace=False)
+        change[rows] = rng.normal(0, 1e-3, (20, 256))
+        step = find_step(change, 3.0)
+        assert np.abs(np.rint(change / step) * step - change).max() < 1e-5
+        assert 8 * len(encode_lanes(np.rint(change / step))) / change.size < 3
+
+
 def test_where_nothing_changes():
     assert find_step(np.zeros(100, np.float32), 3.0) == 1.0

@@ -56,6 +56,8 @@ def test_ranks_that_are_too_long_are_told():
     how, found = back(subsets, 4000)
     assert how == TOLD
     np.testing.assert_array_equal(found, subsets)
+    with pytest.raises(WireError, match="16 of 4000 numbers are packed, whose ranks may be too long"):
+        decode_subsets(Reader(bytes([PACKED]) + bytes(999)), 50, 16, 4000)
     wide = np.array([np.delete(np.arange(200), 7)])  # C(200, 199) is small, C(200, 100) is not
     np.testing.assert_array_equal(back(wide, 200)[1], wide)
 

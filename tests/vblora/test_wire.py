@@ -30,12 +30,14 @@ from tests.vblora.make_golden import (
 )
 from vblora.errors import UnknownStateError, WireError
 from vblora.frame import FORMAT, HEADER, Encoding, Kind, read_blob, section_bytes
+from vblora.gaps import GAPS
 from vblora.lanes import ALONG, PLAIN
 from vblora.rounding import WIRES, WireSettings, round_state, round_update
 from vblora.spec import (
     AdapterSpec,
     Blueprint,
     FFALoRASpec,
+    Linear,
     LoRASpec,
     LoRAXSSpec,
     UniLoRASpec,
@@ -252,6 +254,39 @@ def test_a_rounded_update_comes_back_to_the_bit(content, up, head, gap, stochast
     assert encode_update(back, blueprint, reference) == blob
     for name, dropped in left.items():
         np.testing.assert_array_equal(exact.dense[name] - back.dense[name], dropped)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.0, 0.5), (-1500.0, 1500.0 - 2.0**-20)])
+def test_what_the_grid_cannot_tell_goes_whole(low, high):
+    """A base with -0, to which no step leads back, and one that lies 2^31 steps away."""
+    blueprint = replace(BLUEPRINT, spec=LoRAXSSpec(rank=2))
+    start = initial(blueprint).dense["cores"]
+    base = replace(make_reference(blueprint, 1), dense={**make_reference(blueprint, 1).dense})
+    base.dense["cores"] = np.full_like(start, low)
+    state = replace(base, version=base.version + 1, dense={**base.dense, "cores": np.full_like(start, high)})
+    blob = encode_state(state, blueprint, base)
+    assert same(decode_state(blob, blueprint, {base.digest: base}), state)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("k", "h"), [(1, 64), (2, 64), (2, 2048), (4, 512)])
+def test_reading_many_rows_takes_little_memory(k, h, full):
+    """What docs/wire.md says: four times the adapter's state, and 32 bytes a row."""
+    blueprint = Blueprint(
+        VBLoRASpec(rank=8, num_vectors=h, vector_length=1, topk=k), (Linear("a", 4096, 4096),)
+    )
+    start, rng, rows = initial(blueprint), np.random.default_rng(0), blueprint.rows
+    drawn = np.sort(rng.integers(0, h - k + 1, (rows, k)), axis=1) + np.arange(k)
+    codes = np.sort(rng.random((rows, k - 1)) if full else rng.integers(0, 131, (rows, k - 1)), axis=1)
+    topk = TopK(drawn.astype(np.int32), codes.astype(np.float32) if full else GAPS[codes])
+    update = Update(0, start.digest, 1, {"bank": np.ones((h, 1), np.float32)}, topk)
+    blob = encode_update(update, blueprint, start)
+    tracemalloc.start()
+    found = decode_update(blob, blueprint, start)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert same(found, update)
+    assert peak < 4 * 4 * (h + rows * (2 * k - 1)) + 32 * rows
 
 
 def test_a_zero_update_is_a_frame():

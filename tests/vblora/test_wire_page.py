@@ -1,10 +1,13 @@
-"""docs/wire.md says all that there is to know: a reader of messages written from it alone, nothing of ours.
+"""docs/wire.md says all that there is to know: a reader of messages written from it alone.
+
+Of ours it has version 0, which the page does not tell how to draw, and the bases of the golden blobs.
 
 Slow and plain on purpose. Whoever changes the format changes the page first, then this.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 import zlib
@@ -347,6 +350,14 @@ def grid(payload: Bytes, count: int, held: Held, name: str) -> Any:
     return drawn + 2.0**-20 * (own + np.array(lanes(payload, count)) * 2.0**exponent)
 
 
+def digest(version: int, dense: dict[str, np.ndarray], places: list[Any], gaps: list[Any]) -> bytes:
+    content = struct.pack("<Q", version)
+    for name in sorted(dense):
+        content += name.encode() + dense[name].astype("<f4").tobytes()
+    content += np.array(places, "<i4").tobytes() + np.array(gaps, "<f4").tobytes()
+    return hashlib.sha256(content).digest()[:16]
+
+
 READERS: dict[int, Callable[[Bytes, int, Held, str], Any]] = {1: float32, 2: bfloat16, 3: steps, 4: grid}
 
 
@@ -367,4 +378,5 @@ def test_a_reader_made_from_the_page_reads_the_same(name: str):
         told = (header["kind"], header["version"], header["digest"], header["examples"])
         assert told == (2, found.version, found.reference, found.examples)
     else:
-        assert (header["kind"], header["version"], header["digest"]) == (1, found.version, found.digest)
+        assert (header["kind"], header["version"]) == (1, found.version)
+        assert header["digest"] == digest(found.version, dense, places, gaps)
