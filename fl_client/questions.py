@@ -10,11 +10,15 @@ __all__ = ["NEED_STATE", "OWN_KEYS", "Answer", "Question", "Scalar", "lone_confi
 Scalar = bool | int | float | str
 NEED_STATE = "need-state"  # `Answer.text` where a blob builds on a state that the client does not hold
 
+# Options of a site of its own that no run sets: a server names no file there, and no column either, since the
+# names of labels leave the site.
+ALONE_KEYS = ("text-column", "label-column", "eval-split", "start")
+
 # Options that a site may set for itself: they then win over the run's, which its server chose.
 OWN_KEYS = (
-    *("model", "device", "dtype", "data", "task", "text-column", "label-column", "labels", "eval-split"),
-    *("max-examples", "eval-examples", "quantize", "recompute", "checkpointing", "cuda-graphs", "accumulate"),
-    "start",
+    *("model", "device", "dtype", "data", "task", "labels", "max-examples", "eval-examples"),
+    *("quantize", "recompute", "checkpointing", "cuda-graphs", "accumulate"),
+    *ALONE_KEYS,
 )
 
 
@@ -53,10 +57,11 @@ class Answer:
 
 
 def lone_config(run: Mapping[str, Scalar], own: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """The config of a site of its own: one client, which fails by itself if at all, and no file that the
-    server names."""
+    """The config of a site of its own: one client, which fails by itself if at all, and none of the run's
+    `ALONE_KEYS`."""
+    asked = {name: value for name, value in run.items() if name not in ALONE_KEYS}
     alone: dict[str, Scalar] = {"clients": 1, "partition": "iid", "cohort": 1, "dropout": 0.0}
-    return {**run, **own, **alone, "stragglers": 0.0, "start": own.get("start", "")}
+    return {**asked, **own, **alone, "stragglers": 0.0}
 
 
 def of_lone_site(question: Question) -> Question:

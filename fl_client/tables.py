@@ -116,7 +116,8 @@ def load_corpus(
     Raises:
         ConfigError: an unknown task or `eval_split`, or a negative `max_examples`.
         DataError: nothing there, unreadable, empty, a column that is missing, one label only, test labels
-            that train does not have, or labels that are not among `labels`.
+            that train does not have, labels that are not among `labels`, or a label column that nobody has
+            named with more values than half its rows.
     """
     if max_examples < 0:
         raise ConfigError(f"max_examples is {max_examples}, expected 0 (all) or more")
@@ -142,7 +143,8 @@ def load_corpus(
         train, test = _carve(train, SPLIT, data)
     if eval_split == "train":
         train, test = _carve(train, seed, data)
-    found = _labels(train, test, kind, labels, f"{data}: label column {roles.label!r}")
+    where = f"{data}: label column {roles.label!r}"
+    found = _labels(train, test, kind, labels, where, guessed=not label_column)
     if 0 < max_examples < len(train):
         chosen = np.random.default_rng(seed).choice(len(train), max_examples, replace=False)
         train = train.take(np.sort(chosen))
@@ -261,7 +263,9 @@ def _carve(table: Table, seed: int, where: str) -> tuple[Table, Table]:
     return table.take(np.flatnonzero(~held)), table.take(np.flatnonzero(held))
 
 
-def _labels(train: Table, test: Table, task: Task, known: tuple[str, ...], where: str) -> tuple[str, ...]:
+def _labels(
+    train: Table, test: Table, task: Task, known: tuple[str, ...], where: str, *, guessed: bool
+) -> tuple[str, ...]:
     """All label names in order; none for causal-lm."""
     if task == "causal-lm" or train.label is None or test.label is None:
         if known:
@@ -272,6 +276,13 @@ def _labels(train: Table, test: Table, task: Task, known: tuple[str, ...], where
         raise DataError(
             f"{where} holds one value only, {min(names)!r}; expected at least two classes, or --labels with "
             "all that the other sites hold"
+        )
+    if (
+        guessed and not known and 2 * len(names) > len(train)
+    ):  # summaries, say: no text becomes a label's name
+        raise DataError(
+            f"{where} holds {len(names)} values in {len(train)} rows, hardly classes; if they are, name it "
+            "with --label-column, or all of them with --labels"
         )
     if known and (unknown := set(train.label) - names):
         raise DataError(

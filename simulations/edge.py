@@ -112,6 +112,9 @@ def site(
     model: Annotated[str, typer.Option(help="Base model, to train with where no trainer runs.")] = "",
     data: Annotated[str, typer.Option(help="Texts, to train on where no trainer runs.")] = "",
     labels: Annotated[str, typer.Option(help="All classes by comma, where no trainer runs.")] = "",
+    text_column: Annotated[str, typer.Option(help="As fedvb trainer's, where none runs.")] = "",
+    label_column: Annotated[str, typer.Option(help="As fedvb trainer's, where none runs.")] = "",
+    eval_split: Annotated[str, typer.Option(help="As fedvb trainer's, where none runs.")] = "",
     insecure: Annotated[
         bool, typer.Option("--insecure", help="No TLS, no key: for a server that has none either.")
     ] = False,
@@ -125,6 +128,7 @@ def site(
     from fl_server.keys import check_node_keys
 
     told = {"name": name, "model": model, "data": data, "labels": labels}
+    told |= {"text-column": text_column, "label-column": label_column, "eval-split": eval_split}
     if socket is not None:
         told["socket"] = str(checked_socket(socket))
     if data:

@@ -100,9 +100,11 @@ def alone(tiny_bert: Path, topics: Path, tmp_path: Path) -> dict[str, Any]:  # n
 
 def test_without_a_trainer_the_site_trains_in_this_process(alone: dict[str, Any], tmp_path: Path):
     run = {**default_config(), "local-steps": 2, "batch-size": 4, "data": "the server's", "clients": 9}
+    run |= {"text-column": "label", "label-column": "site", "eval-split": "test"}
     described = json.loads(ask("query.describe", alone, run).content["text"]["text"])
     assert (described["model"], described["data"]) == ("tiny-bert", "topics.csv")
     blueprint = Blueprint.from_json(described["blueprint"])
+    assert blueprint.labels == ("food", "space", "sport"), "not what the run would read as labels"
     blob = encode_state(initial_state(blueprint), blueprint)
     config = {"round": 1, "lr-scale": 1.0, "run": "a"}
     reply = ask("train", alone, run, blob=blob, config=config)

@@ -185,6 +185,50 @@ def test_labels_ask_for_a_label_column(tiny_bert: Path, tmp_path: Path):  # noqa
         site.load(RUN)
 
 
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    """A csv of 60 notes of nine patients, with a label and a verdict for each."""
+    path = tmp_path / "notes.csv"
+    rows = [f"bread {n} of cheese,{('no', 'yes')[n % 2]},patient {n % 9},{'abc'[n % 3]}" for n in range(60)]
+    path.write_text("\n".join(["text,label,patient,verdict", *rows]))
+    return path
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"label-column": "patient"},
+        {"text-column": "label+patient", "label-column": "text"},
+        {"label-column": "nothing", "text-column": "nothing", "eval-split": "test"},
+    ],
+    ids=lambda columns: columns["label-column"],
+)
+def test_a_run_names_no_column_of_a_site(
+    notes: Path,
+    tiny_bert: Path,  # noqa: F811
+    columns: dict[str, Scalar],
+    tmp_path: Path,
+):
+    """Label names leave the site: a server could read any column as such."""
+    own = {"model": str(tiny_bert), "data": str(notes)}
+    for names, found in (({}, ("no", "yes")), ({"label-column": "verdict"}, ("a", "b", "c"))):
+        site = Resident({**own, **names}, tmp_path)
+        run = {**RUN, "task": "classification", **columns}
+        described = json.loads(site.answer(Question(0, "describe"), run).text)
+        assert Blueprint.from_json(described["blueprint"]).labels == found
+
+
+def test_a_column_of_texts_is_not_taken_for_labels(tiny_bert: Path, tmp_path: Path):  # noqa: F811
+    path = tmp_path / "summaries.csv"
+    path.write_text("text,target\n" + "".join(f"bread {n},cheese {n // 2}\n" for n in range(60)))
+    own = {"model": str(tiny_bert), "data": str(path)}
+    run = {**RUN, "task": "classification"}
+    with pytest.raises(DataError, match=r"'target' holds 30 values in 5\d rows, hardly classes") as fault:
+        Resident(own, tmp_path).answer(Question(0, "describe"), run)
+    assert reason_for_server(fault.value).startswith("its data does not fit the run")
+    assert Resident({**own, "label-column": "target"}, tmp_path).answer(Question(0, "describe"), run).text
+
+
 @pytest.mark.parametrize(
     "own",
     [

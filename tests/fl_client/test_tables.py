@@ -98,9 +98,18 @@ def test_a_rare_label_stays_in_train(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"text": f"row {row}", "label": f"l{row // 2}"} for row in range(40)]
     data = _write(tmp_path / "rows.jsonl", rows)
     for seed in range(8):
-        corpus = load_corpus(data, "classification", seed=seed)
+        corpus = load_corpus(data, "classification", label_column="label", seed=seed)
         assert len(corpus.labels) == 20
         assert set(corpus.test.label or ()) <= set(corpus.train.label or ())
+
+
+def test_a_column_that_nobody_named_holds_classes_or_none(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"text": f"row {row}", "target": f"l{row // 2}"} for row in range(40)]
+    data = _write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"'target' holds 20 values in 36 rows, hardly classes; .*--labels"):
+        load_corpus(data, "classification")
+    names = tuple(f"l{row}" for row in range(20))
+    assert len(load_corpus(data, "classification", labels=names).labels) == 20
 
 
 def test_max_examples_is_a_seeded_subset_in_order(tmp_path: Path) -> None:

@@ -84,8 +84,12 @@ def test_server_and_site_use_the_keys(fedvb: Run, became: Became, tmp_path: Path
     assert became.after("--auth-supernode-private-key") == "keys/node-1"
     assert became.after("--root-certificates") == "keys/ca.crt"
     assert became.after("--node-config") == f'socket="{tmp_path}/t.sock"'
-    assert fedvb(*site, "--name", "clinic a", "--model", "./llama", "--data", "notes.csv").code == 0
-    told_node = f'name="clinic a" model="./llama" data="notes.csv" state="{tmp_path}/supernode/memory"'
+    own = ("--model", "./llama", "--data", "notes.csv", "--label-column", "verdict")
+    assert fedvb(*site, "--name", "clinic a", *own).code == 0
+    told_node = (
+        'name="clinic a" model="./llama" data="notes.csv" label-column="verdict" '
+        f'state="{tmp_path}/supernode/memory"'
+    )
     assert became.after("--node-config") == told_node
 
 
