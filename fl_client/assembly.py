@@ -74,6 +74,7 @@ def assemble(settings: SiteSettings, texts: Texts, base: Base) -> Site:
         ModelError, ConfigError, StartError: the adapter does not fit the base.
     """
     blueprint, compute = make_blueprint(settings, texts.labels, base.model), settings.compute
+    settings.personal.check(blueprint)  # before the base is changed
     on_gpu = next(base.model.parameters()).device.type == "cuda"
     if compute.cuda_graphs and not on_gpu:
         raise ConfigError("--cuda-graphs: the base is on a CPU; graphs are for GPUs")

@@ -137,8 +137,8 @@ class Resident:
             self._site = replace(site, settings=settings)
             return self._site
         texts, base = self._open(settings)
+        self._parts = None  # whatever comes of it: a base with an adapter in it is not to be used for another
         self._site = assemble(settings, texts, base)
-        self._parts = None  # the adapter is in the base now: not to be used for another
         blueprint = self._site.blueprint
         log.info(
             "adapter %s %s: %d rows in %d layers, %d numbers",

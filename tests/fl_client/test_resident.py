@@ -57,6 +57,24 @@ def test_another_adapter_takes_another_base(resident: Resident):
     assert resident.bases_loaded == 2
 
 
+@pytest.mark.parametrize("bad", [{"adapter": "lora", "personal": "logits"}, {"cuda-graphs": True}], ids=str)
+def test_a_refused_run_leaves_nothing_in_the_base(resident: Resident, bad: dict[str, Scalar]):
+    clean = Resident(resident.own, resident._state / "clean").answer(Question(0, "describe"), RUN)
+    with pytest.raises(ConfigError):
+        resident.answer(Question(0, "hello"), {**RUN, **bad})
+    assert resident.answer(Question(0, "describe"), RUN) == clean
+
+
+def test_a_base_is_given_up_where_its_adapter_fails(resident: Resident, monkeypatch: pytest.MonkeyPatch):
+    clean = Resident(resident.own, resident._state / "clean").answer(Question(0, "describe"), RUN)
+    with monkeypatch.context() as patch:
+        patch.setattr("fl_client.assembly.CohortSizer", None)  # the adapter is in the base by then
+        with pytest.raises(TypeError):
+            resident.answer(Question(0, "hello"), RUN)
+    assert resident.answer(Question(0, "describe"), RUN) == clean
+    assert resident.bases_loaded == 2
+
+
 def test_training_stops_when_its_seconds_are_over(resident: Resident):
     described = json.loads(resident.answer(Question(0, "describe"), RUN).text)
     blueprint = Blueprint.from_json(described["blueprint"])
