@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vblora.errors import DataError, ModelError
+from vblora.errors import DataError
 
 __all__ = ["Chat", "answers", "in_template", "opening", "read_chat"]
 
@@ -51,14 +51,14 @@ def in_template(tokenizer: Any, before: Chat, answer: str) -> tuple[str, str]:
     answered conversation otherwise, the completion is the answer and the tokenizer's end.
 
     Raises:
-        ModelError: the template refuses the conversation.
+        DataError: the template refuses the conversation.
     """
     try:
         prompt = _render(tokenizer, before, add_generation_prompt=True)
         whole = _render(tokenizer, (*before, (ASSISTANT, answer)))
     except Exception as error:  # templates raise what they like, jinja2's errors among them
         why = " ".join(str(error).split())[:200]
-        raise ModelError(
+        raise DataError(
             f"--chat-template: the tokenizer's template refuses a conversation ({why}); "
             "use --chat-template off"
         ) from error

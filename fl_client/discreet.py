@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vblora.errors import DataError, FedVBError, ModelError, RunError
+from vblora.errors import DataError, FedVBError, StartError
 
 __all__ = ["described_for_server", "reason_for_server"]
 
@@ -20,8 +20,9 @@ def described_for_server(described: str) -> str:
     """The JSON of a site's description with the names of its files, without their folders."""
     told = json.loads(described)
     for key in ("model", "data"):
-        if (path := Path(told[key])).is_absolute() or path.exists():
-            told[key] = path.name
+        path = Path(told[key]).expanduser()
+        if told[key].startswith((".", "~")) or path.is_absolute() or path.exists():
+            told[key] = path.absolute().name
     return json.dumps(told)
 
 
@@ -29,8 +30,8 @@ def reason_for_server(error: Exception) -> str:
     """Why a site cannot answer, in words that hold nothing of its files."""
     if isinstance(error, DataError):
         return f"its data does not fit the run; {LOG}"
-    if isinstance(error, ModelError | RunError) and "/" in str(error):  # a path
-        return f"its model or its folder does not serve the run; {LOG}"
+    if isinstance(error, StartError) or (isinstance(error, FedVBError) and "/" in str(error)):  # a path
+        return f"its files or its settings do not serve the run; {LOG}"
     if isinstance(error, FedVBError):  # about the run's settings, the adapter or the server's message
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not need

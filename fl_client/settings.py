@@ -160,7 +160,7 @@ class AdapterSettings:
         """
         has = {"adapter": found.spec.kind, **vars(found.spec)}
         faults = [
-            f"{entry.name.replace('_', '-')} is {asked}, the adapter in {found.where} has "
+            f"{entry.name.replace('_', '-')} is {asked}, the adapter of --start has "
             f"{has.get(entry.name, 'layers of its own')}; leave it out"
             for entry in fields(self)
             if (asked := getattr(self, entry.name)) not in (entry.default, has.get(entry.name))

@@ -17,7 +17,7 @@ from fl_client.settings import DataSettings, SiteSettings
 from fl_client.tables import Table, load_corpus
 from fl_client.tasks import CausalLM
 from tests.fl_client.test_tasks import Letters, texts_of
-from vblora.errors import ConfigError, DataError, ModelError
+from vblora.errors import ConfigError, DataError
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -88,7 +88,7 @@ def test_the_completion_is_what_the_template_adds():
     before = read_chat(say("ab", "cd", "ef"), "data")
     assert in_template(Chatty(), before, "gh") == ("uabzscdzuefzs", "ghz")
     assert in_template(Chatty(rewrites=True), before, "gh") == ("uabzscdzuefzs", "gh>")
-    with pytest.raises(ModelError, match=r"refuses a conversation \(no system role please\).*off"):
+    with pytest.raises(DataError, match=r"refuses a conversation \(no system role please\).*off"):
         in_template(Chatty(), (("system", "x"), *before), "gh")
 
 

@@ -56,10 +56,9 @@ def test_a_run_goes_on_where_another_ended(
 def test_the_file_decides_and_what_asks_otherwise_is_refused(fedvb: Run, small: list[str], trained: Path):
     told = fedvb("simulate", *small, "--start", str(trained / "full"), "--rank", "2", "--out", "run")
     assert (told.code, told.err.count("\n")) == (2, 1)
-    assert "start: rank is 2, the adapter in " in told.err
-    assert "has 4; leave it out" in told.err
+    assert "start: rank is 2, the adapter of --start has 4; leave it out" in told.err
     told = fedvb("simulate", *small, "--start", str(trained / "full"), "--adapter", "lora", "--out", "run")
-    assert "adapter is lora, the adapter in " in told.err
+    assert "adapter is lora, the adapter of --start has vblora" in told.err
     told = fedvb("simulate", *small, "--start", "nowhere", "--out", "run")
     assert told.err == (
         "fedvb: start nowhere: no adapter there; expected a folder with adapter_config.json and "
