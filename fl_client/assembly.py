@@ -137,8 +137,8 @@ def save_texts(path: Path, texts: Texts) -> None:
     arrays: dict[str, Any] = {}
     for name, examples in (("train", texts.train), ("test", texts.test)):
         arrays |= {f"{name}_{key}": getattr(examples, key) for key in ("tokens", "starts", "targets")}
-        if examples.begins is not None:
-            arrays[f"{name}_begins"] = examples.begins
+        optional = {"begins": examples.begins, "prompts": examples.prompts}
+        arrays |= {f"{name}_{key}": array for key, array in optional.items() if array is not None}
     for name, dealt in (("part", texts.parts), ("own", texts.own)):
         arrays[f"{name}_ends"] = np.cumsum([len(part) for part in dealt])
         arrays[f"{name}_rows"] = np.concatenate(dealt)
@@ -162,6 +162,7 @@ def load_texts(path: Path) -> Texts:
                     arrays[f"{name}_starts"],
                     arrays[f"{name}_targets"],
                     arrays.get(f"{name}_begins"),
+                    arrays.get(f"{name}_prompts"),
                 )
                 for name in ("train", "test")
             )

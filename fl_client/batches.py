@@ -38,12 +38,15 @@ class Examples:
         targets: (n,) int64. For classification the class; for language modelling the number of leading tokens
             (the prompt) that the loss leaves out.
         begins: bool as `tokens`, true where a text begins, for packed rows that hold several; else None.
+        prompts: (n,) int64, for rows with completions: the number of each row's prompt, the same for equal
+            ones, however much of them is left where rows are cut; else None.
     """
 
     tokens: NDArray[np.int32]
     starts: Indices
     targets: Indices
     begins: NDArray[np.bool_] | None = None
+    prompts: Indices | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -68,7 +71,8 @@ class Examples:
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         places = np.arange(starts[-1]) + np.repeat(self.starts[indices] - starts[:-1], lengths)
         begins = None if self.begins is None else self.begins[places]
-        return Examples(self.tokens[places], starts, self.targets[indices], begins)
+        prompts = None if self.prompts is None else self.prompts[indices]
+        return Examples(self.tokens[places], starts, self.targets[indices], begins, prompts)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ Ids = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Asked:
-    """A held-out prompt and the rows that have it: several where it has several references."""
+    """A held-out prompt, as much of it as a row has left, and the rows that have it: several where it has
+    several references."""
 
     prompt: Ids
     rows: tuple[int, ...]
@@ -34,24 +35,32 @@ class Asked:
 
 def rows_with_prompts(examples: Examples) -> int:
     """How many rows have something to go on from, beside the token that starts every text."""
-    return 0 if examples.begins is not None else int((examples.targets > 1).sum())
+    return 0 if examples.prompts is None else int((examples.targets > 1).sum())
 
 
 def asked_prompts(examples: Examples, count: int, seed: int) -> list[Asked]:
-    """At most `count` different prompts, drawn from the seed, in the order of their first rows."""
-    rows: dict[bytes, list[int]] = {}
-    for row in np.flatnonzero(examples.targets > 1).tolist():
-        rows.setdefault(examples.text(row)[: examples.targets[row]].tobytes(), []).append(row)
+    """At most `count` different prompts, drawn from the seed, in the order of their first rows.
+
+    Of the rows that have a prompt, cut to make room for the answer of each, the one with most of it is asked.
+    """
+    rows: dict[int, list[int]] = {}
+    if examples.prompts is not None:
+        for row in np.flatnonzero(examples.targets > 1).tolist():
+            rows.setdefault(int(examples.prompts[row]), []).append(row)
     places = list(rows.values())
     drawn = np.random.default_rng(seed).permutation(len(places))[:count]
-    chosen = [places[at] for at in np.sort(drawn)]
-    return [Asked(examples.text(own[0])[: examples.targets[own[0]]], tuple(own)) for own in chosen]
+    return [Asked(_longest(examples, places[at]), tuple(places[at])) for at in np.sort(drawn)]
 
 
 def references(tokenizer: Any, examples: Examples, asked: Asked) -> list[str]:
     """What the rows of a prompt answer, as text."""
     answers = [examples.text(row)[examples.targets[row] :] for row in asked.rows]
     return [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in answers]
+
+
+def _longest(examples: Examples, rows: Sequence[int]) -> Ids:
+    row = max(rows, key=lambda row: int(examples.targets[row]))
+    return examples.text(row)[: examples.targets[row]]
 
 
 @torch.no_grad()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -105,11 +106,13 @@ class CausalLM:
             pairs = [in_template(tokenizer, *row) for row in zip(chats, answers, strict=True)]
             prompts, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
             before = after = []
+        asked = _ids(tokenizer, prompts)
         cut = [
             _cut(before + prompt, answer + after, max_length, start)
-            for prompt, answer in zip(_ids(tokenizer, prompts), _ids(tokenizer, answers), strict=True)
+            for prompt, answer in zip(asked, _ids(tokenizer, answers), strict=True)
         ]
-        return _examples([prompt + answer for prompt, answer in cut], [len(prompt) for prompt, _ in cut])
+        examples = _examples([prompt + answer for prompt, answer in cut], [len(prompt) for prompt, _ in cut])
+        return replace(examples, prompts=_numbered(asked))
 
     def losses(self, logits: Tensor, batch: Batch, clients: int) -> Tensor:
         tokens, _ = self._token_losses(logits, batch)
@@ -153,6 +156,13 @@ class CausalLM:
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return found
+
+
+def _numbered(prompts: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """(n,) the number of each prompt, the same for equal ones."""
+    numbers: dict[tuple[int, ...], int] = {}
+    found = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+    return np.array(found, np.int64)
 
 
 def _cut(prompt: list[int], answer: list[int], most: int, start: list[int]) -> tuple[list[int], list[int]]:

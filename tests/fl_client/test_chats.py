@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from fl_client.assembly import load_texts, save_texts
 from fl_client.chats import answers, in_template, opening, read_chat
 from fl_client.columns import Roles, find_roles
 from fl_client.opening import prepare_texts
@@ -160,11 +162,14 @@ def test_conversations_without_an_answer_are_told(tmp_path: Path):
         load_corpus(str(path), "auto")
 
 
-def test_a_site_of_conversations(talks: Path, assets: Path):
+def test_a_site_of_conversations(talks: Path, assets: Path, tmp_path: Path):
     data = DataSettings(str(talks), max_length=64, clients=2, partition="iid", chat_template="off")
     texts = prepare_texts(SiteSettings(model=str(assets / "models" / "stories260K-hf"), data=data))
     assert texts.labels == ()
     assert len(texts.train) + len(texts.test) == 40
     assert (texts.train.targets > 1).all()
+    save_texts(tmp_path / "texts.npz", texts)
+    assert len(np.unique(texts.test.prompts)) == len(texts.test)
+    assert load_texts(tmp_path / "texts.npz").test.prompts.tolist() == texts.test.prompts.tolist()
     with pytest.raises(ConfigError, match="chat-template is 'on', expected auto or off"):
         DataSettings(chat_template="on")

@@ -14,9 +14,12 @@ from fl_client.generating import asked_prompts, generate, references, rows_with_
 from fl_client.opening import open_site
 from fl_client.packed import pack
 from fl_client.settings import DataSettings, SiteSettings
+from fl_client.tables import Table
+from fl_client.tasks import CausalLM
 from fl_client.text_scores import text_sums
 from fl_server.exchange import Reply
 from fl_server.text_scores import read_text_sums, text_scores
+from tests.fl_client.test_tasks import Letters, texts_of
 from tests.vblora.tiny import VOCABULARY, adapt, make_base, make_state
 from vblora.errors import ConfigError, UpdateError
 from vblora.model import AdaptedModel
@@ -40,7 +43,9 @@ def make_rows(pairs: list[tuple[list[int], list[int]]]) -> Examples:
     rows = [prompt + completion for prompt, completion in pairs]
     starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
     tokens = np.array([token for row in rows for token in row], np.int32)
-    return Examples(tokens, starts, np.array([len(prompt) for prompt, _ in pairs], np.int64))
+    prompts = [prompt for prompt, _ in pairs]
+    numbers = np.array([prompts.index(prompt) for prompt in prompts], np.int64)
+    return Examples(tokens, starts, np.array([*map(len, prompts)], np.int64), prompts=numbers)
 
 
 ROWS = make_rows([([1, 5], [8, 9]), ([1, 6, 4], [3]), ([1, 5], [8]), ([1], [9, 9]), ([1, 9], [2])])
@@ -97,6 +102,25 @@ def test_prompts_are_drawn_once_each_with_all_their_references():
     assert len({tuple(item.rows for item in asked_prompts(ROWS, 1, seed)) for seed in range(20)}) == 3
     assert rows_with_prompts(ROWS) == 4
     assert rows_with_prompts(pack(ROWS, [np.arange(5)], 9)[0]) == 0
+
+
+def test_a_prompt_that_is_cut_keeps_all_its_references():
+    """How much of it is left depends on the answer of its own row."""
+    table = Table(["abcdefgh"] * 4 + ["habcdefgh"], completion=["pqr", "p", "pqrst", "pqrstuv", "p"])
+    examples = CausalLM().encode(Letters(), table, 10)
+    assert [text.split("|")[0] for text in texts_of(examples)] == [
+        "<defgh",
+        "<bcdefgh",
+        "<efgh",
+        "<efgh",
+        "<bcdefgh",
+    ]
+    for rows in (examples, examples.take(np.arange(5))):
+        asked = asked_prompts(rows, 10, 0)
+        assert [item.rows for item in asked] == [(0, 1, 2, 3), (4,)]
+        assert asked[0].prompt.tolist() == examples.text(1)[:8].tolist(), (
+            "what the others have of it, and more"
+        )
 
 
 # --- Scores --------------------------------------------------------------------------
