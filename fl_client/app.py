@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -115,7 +116,7 @@ def _from_trainer(
     socket: Path, run: dict[str, Scalar], patience: float, questions: Sequence[Question]
 ) -> Iterator[Answer]:
     for question in questions:
-        asked = _in_time(question, patience)
+        asked = _in_time(question, patience, _spare(patience))
         yield _as_asked(question, ask_trainer(socket, asked, run, patience))
 
 
@@ -128,6 +129,7 @@ def _in_this_process(
     config: dict[str, Scalar], context: Context, patience: float, questions: Sequence[Question]
 ) -> Iterator[Answer]:
     """What a trainer does, without one: the site is opened for every process anew."""
+    came, spare = time.monotonic(), _spare(patience)
     from fl_client.opening import open_site
     from fl_client.serve import answer
     from fl_client.settings import SiteSettings
@@ -135,7 +137,8 @@ def _in_this_process(
     for question in questions:
         try:
             site = open_site(_with_state(SiteSettings.from_run_config(config), context))
-            found = next(answer(site, [_in_time(of_lone_site(question), patience)]))
+            asked = _in_time(of_lone_site(question), patience - (time.monotonic() - came), spare)
+            found = next(answer(site, [asked]))
             if question.kind == "describe":
                 found = replace(found, text=described_for_server(found.text))
         except Exception as error:  # Flower would send what it says
@@ -144,13 +147,17 @@ def _in_this_process(
         yield _as_asked(question, found)
 
 
-def _in_time(question: Question, patience: float) -> Question:
-    """A question to train for no longer than leaves time to send the answer."""
+def _spare(patience: float) -> float:
+    """Of the seconds that a server waits, those that are kept to send the answer."""
+    return max(SPARE * patience, min(LEAST_SPARE, patience / 2))
+
+
+def _in_time(question: Question, left: float, spare: float) -> Question:
+    """A question to train for no longer than leaves `spare` of the seconds left; a step in any case."""
     if question.kind != "train":
         return question
-    spare = max(SPARE * patience, min(LEAST_SPARE, patience / 2))
-    given = float(question.config.get("seconds", 0)) or patience
-    return replace(question, config={**question.config, "seconds": min(given, patience - spare)})
+    given = float(question.config.get("seconds", 0)) or left
+    return replace(question, config={**question.config, "seconds": max(1e-3, min(given, left - spare))})
 
 
 def _as_asked(question: Question, found: Answer) -> Answer:

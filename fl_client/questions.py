@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-__all__ = ["NEED_STATE", "OWN_KEYS", "Answer", "Question", "Scalar", "lone_config", "of_lone_site"]
+__all__ = [
+    "NEED_STATE",
+    "OWN_KEYS",
+    "Answer",
+    "Question",
+    "Scalar",
+    "lone_config",
+    "of_lone_site",
+    "with_less_time",
+]
 
 Scalar = bool | int | float | str
 NEED_STATE = "need-state"  # `Answer.text` where a blob builds on a state that the client does not hold
@@ -62,6 +71,14 @@ def lone_config(run: Mapping[str, Scalar], own: Mapping[str, Scalar]) -> dict[st
     asked = {name: value for name, value in run.items() if name not in ALONE_KEYS}
     alone: dict[str, Scalar] = {"clients": 1, "partition": "iid", "cohort": 1, "dropout": 0.0}
     return {**asked, **own, **alone, "stragglers": 0.0}
+
+
+def with_less_time(question: Question, spent: float) -> Question:
+    """A question whose seconds, if it has any, began `spent` seconds ago; a step is left in any case."""
+    seconds = float(question.config.get("seconds", 0))
+    if not seconds:
+        return question
+    return replace(question, config={**question.config, "seconds": max(1e-3, seconds - spent)})
 
 
 def of_lone_site(question: Question) -> Question:

@@ -18,7 +18,7 @@ import torch
 from fl_client.assembly import Texts, assemble
 from fl_client.base import Base
 from fl_client.discreet import described_for_server
-from fl_client.questions import Answer, Question, Scalar, lone_config, of_lone_site
+from fl_client.questions import Answer, Question, Scalar, lone_config, of_lone_site, with_less_time
 from fl_client.serve import answer
 from fl_client.settings import SiteSettings
 from fl_client.site import OnStep, Site
@@ -110,8 +110,10 @@ class Resident:
         Raises:
             FedVBError: the run does not fit the site, or its message is damaged.
         """
+        came = time.monotonic()
         site = self._site_for(self._settings_for(run))
-        asked = self._budget.question(of_lone_site(question))
+        asked = with_less_time(of_lone_site(question), time.monotonic() - came)
+        asked = self._budget.question(asked)
         found = next(answer(site, [asked], on_step, on_step))
         return replace(found, text=described_for_server(found.text)) if asked.kind == "describe" else found
 

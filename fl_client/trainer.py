@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -23,7 +22,7 @@ import torch
 
 from fl_client import trainer_pb2 as pb
 from fl_client.discreet import reason_for_server
-from fl_client.questions import Answer, Question, Scalar
+from fl_client.questions import Answer, Question, Scalar, with_less_time
 from fl_client.resident import Budget, Resident
 from fl_client.thin import OPTIONS, PROTOCOL, checked_socket, from_wire, to_wire, trainer_listens
 from fl_client.trainer_pb2_grpc import TrainerServicer, add_TrainerServicer_to_server
@@ -124,7 +123,7 @@ class _Service(TrainerServicer):
             self._wait_for_turn(context)
             try:
                 with self._at_work(request.kind):
-                    left = _less(question, time.monotonic() - came)
+                    left = with_less_time(question, time.monotonic() - came)
                     found = self._answer(left, from_wire(request.run), context)
             finally:
                 self._turn.release()
@@ -233,14 +232,6 @@ class _Service(TrainerServicer):
             yield
         finally:
             self._busy = ""
-
-
-def _less(question: Question, waited: float) -> Question:
-    """A question whose seconds began to run when it came."""
-    seconds = float(question.config.get("seconds", 0))
-    if not seconds:
-        return question
-    return replace(question, config={**question.config, "seconds": max(1e-3, seconds - waited)})
 
 
 def _listen(path: Path, service: _Service) -> grpc.Server:

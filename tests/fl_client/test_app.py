@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,23 @@ def test_without_a_trainer_the_site_trains_in_this_process(alone: dict[str, Any]
     assert reply.content["text"]["steps"] == 2
     assert reply.content["text"]["client"] == "clinic"
     assert (tmp_path / "memory" / "a" / "sent" / "0.blob").read_bytes() == reply.content["text"]["blob"]
+
+
+def test_loading_takes_of_the_time_to_train(alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    asked: list[Question] = []
+
+    def answer(site: None, questions: list[Question]) -> Iterator[Answer]:
+        asked.extend(questions)
+        yield Answer(0, text="here")
+
+    monkeypatch.setattr("fl_client.opening.open_site", lambda settings: time.sleep(0.5))
+    monkeypatch.setattr("fl_client.serve.answer", answer)
+    for kind, seconds in (("train", 0), ("train", 5.0), ("query.hello", 0)):
+        config = {"round": 1, "seconds": seconds}
+        assert ask(kind, alone, default_config(), 20.0, config=config).content["text"]["text"] == "here"
+    assert 8 < float(asked[0].config["seconds"]) <= 9.5
+    assert asked[1].config["seconds"] == 5, "of training alone: what the server waits for is longer"
+    assert not asked[2].config["seconds"]
 
 
 def test_what_fails_without_a_trainer_is_told_discreetly(

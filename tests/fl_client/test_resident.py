@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fl_client.assembly import Texts
+from fl_client.base import Base
 from fl_client.discreet import reason_for_server
 from fl_client.questions import Question, Scalar
 from fl_client.resident import Budget, Resident
+from fl_client.settings import SiteSettings
 from fl_server.aggregate import aggregate
 from tests.conftest import full_disk
 from tests.simulations.conftest import tiny_bert, topics  # noqa: F401 (fixtures)
@@ -84,6 +88,24 @@ def test_training_stops_when_its_seconds_are_over(resident: Resident):
     assert found.metrics["steps"] == 1
     assert 0 < found.metrics["train-loss"] < 5
     assert decode_update(found.blob, blueprint).examples == 4
+
+
+def test_loading_takes_of_the_time_to_train(resident: Resident, monkeypatch: pytest.MonkeyPatch):
+    described = json.loads(resident.answer(Question(0, "describe"), RUN).text)
+    blueprint = Blueprint.from_json(described["blueprint"])
+    config = {"round": 1, "lr-scale": 1.0, "seconds": 0.5}
+    question = Question(0, "train", encode_state(initial_state(blueprint), blueprint), config)
+    run = {**RUN, "local-steps": 3}
+    assert resident.answer(question, run).metrics["steps"] == 3
+    open_parts = resident._open
+
+    def slowly(settings: SiteSettings) -> tuple[Texts, Base]:
+        time.sleep(0.5)
+        return open_parts(settings)
+
+    monkeypatch.setattr(resident, "_open", slowly)
+    assert resident.answer(question, {**run, "batch-size": 3}).metrics["steps"] == 3, "nothing is loaded"
+    assert resident.answer(question, {**run, "max-examples": 100}).metrics["steps"] == 1
 
 
 def test_a_personal_part_outlives_the_trainer(resident: Resident, tmp_path: Path):
