@@ -106,11 +106,20 @@ class Memory:
         """A client's own part as of its turns before `version`; None where it has had none.
 
         Raises:
-            RunError: it is damaged. To go on without it would undo all that the client has learned.
+            RunError: it is damaged, or no longer kept. To go on without it would undo all that the client has
+                learned.
         """
         turn = self._last_turn("personal", client, version)
         if turn is None:
-            return None
+            turns = self._turns("personal", client)
+            if len(turns) < TURNS:  # none was dropped: a first turn is taken again, if any
+                return None
+            where = f"client {client}" if self._folder is None else self._file("personal", client, 0).parent
+            raise RunError(
+                f"{where}: a client's personal parts are of versions {', '.join(map(str, turns))}, the run "
+                f"has gone back to {version}; resume it from a newer checkpoint, or delete the parts to go "
+                "on from the shared state"
+            )
         try:
             return Part.of(self._read("personal", client, turn))
         except (OSError, SafetensorError, KeyError) as error:

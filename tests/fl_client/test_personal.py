@@ -252,6 +252,26 @@ def test_a_damaged_part_is_told_not_forgotten(tmp_path: Path):
         ask(site, later(site, 1), 2)
 
 
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_part_is_not_restarted_where_the_run_goes_back_too_far(tmp_path: Path, on_disk: bool):
+    memory = Memory(tmp_path if on_disk else None)
+    memory.open("one")
+
+    def keep(version: int) -> None:
+        memory.keep_personal(3, version, Part(head=np.full(2, version, np.float32)))
+
+    keep(4)
+    assert memory.personal(3, 3) is None, "its first turn, which is taken again"
+    keep(5)
+    with pytest.raises(RunError, match=r"3: .* of versions 4, 5, the run has gone back to 3; .* delete"):
+        memory.personal(3, 3)
+    assert memory.personal(2, 3) is None
+    keep(6)
+    with pytest.raises(RunError, match="of versions 5, 6, the run has gone back to 4"):
+        memory.personal(3, 4)
+    assert memory.personal(3, 5).head.tolist() == [5, 5]
+
+
 def test_a_frozen_bank_is_not_sent_nor_what_waited_for_it():
     site = personal_site("none", feedback=True)
     for found in ask(site, initial_state(site.blueprint), 1).values():
