@@ -26,13 +26,14 @@ TOLERANCE = (
 def pack(examples: Examples, parts: Sequence[Indices], length: int) -> tuple[Examples, tuple[Indices, ...]]:
     """Pack the texts of each part by themselves, so that no row holds texts of two clients.
 
-    A text longer than a row is cut into pieces, each a text of its own. The longest go first, each into the
-    fullest row that still holds it (best fit).
+    A text longer than a row is cut into pieces, each a text of its own that begins with the last token of the
+    one before: nothing tells a text's first token, so every other is predicted once. The longest go first,
+    each into the fullest row that still holds it (best fit).
 
     Args:
         examples: plain texts, whole.
         parts: rows of `examples` by client.
-        length: tokens of a row at most.
+        length: tokens of a row at most, at least 2.
 
     Returns:
         The packed rows, and which of them are whose.
@@ -87,8 +88,8 @@ def require_packable(base: Base) -> None:
 
 def _pieces(examples: Examples, part: Indices, length: int) -> Iterable[tuple[int, int]]:
     for row in part.tolist():
-        stop = int(examples.starts[row + 1])
-        for start in range(int(examples.starts[row]), stop, length):
+        first, stop = int(examples.starts[row]), int(examples.starts[row + 1])
+        for start in range(first, min(stop, max(first + 1, stop - 1)), length - 1):
             yield start, min(start + length, stop)
 
 

@@ -1,4 +1,4 @@
-"""Packed rows hold every token once, one client's alone, and teach what the texts teach one by one."""
+"""Packed rows hold every token, one client's alone, and teach what the texts teach one by one."""
 
 from __future__ import annotations
 
@@ -61,10 +61,20 @@ def test_every_text_is_in_one_row_of_its_client(lengths: list[list[int]], most: 
     assert np.concatenate(owned).tolist() == list(range(len(rows)))
     for part, own in zip(parts, owned, strict=True):
         whole = [tuple(texts.text(index).tolist()) for index in part]
-        pieces = [text[at : at + most] for text in whole for at in range(0, len(text), most)]
+        pieces = [text[at : at + most] for text in whole for at in range(0, max(1, len(text) - 1), most - 1)]
         assert sorted(texts_of(rows, own)) == sorted(pieces)
         fullest = sorted(rows.lengths[own])
         assert all(one + other > most for one, other in itertools.pairwise(fullest)), "best fit"
+
+
+@pytest.mark.parametrize("length", range(26))
+@pytest.mark.parametrize("start", [0, 1])
+def test_every_token_but_a_texts_first_is_learned_once(length: int, start: int):
+    text = Examples(np.arange(1, length + 1, dtype=np.int32), np.array([0, length]), np.array([start]))
+    rows, _ = pack(text, [np.arange(1)], 8)
+    batch = collate([(rows, np.arange(len(rows)))], 0, CPU)
+    learned = batch.tokens[:, 1:][CausalLM()._real(batch)]
+    assert sorted(learned.tolist()) == list(range(2, length + 1))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
