@@ -48,7 +48,7 @@ def in_template(tokenizer: Any, before: Chat, answer: str) -> tuple[str, str]:
     """Prompt and completion as the tokenizer's chat template writes them, special tokens included.
 
     The completion is what the template adds to the prompt for the answer. Where it writes the prompt of an
-    answered conversation otherwise, the completion is the answer and the tokenizer's end.
+    answered conversation otherwise, the completion is the answer alone.
 
     Raises:
         DataError: the template refuses the conversation.
@@ -64,7 +64,7 @@ def in_template(tokenizer: Any, before: Chat, answer: str) -> tuple[str, str]:
         ) from error
     if whole.startswith(prompt):
         return prompt, whole[len(prompt) :]
-    return prompt, answer + (tokenizer.eos_token or "")
+    return prompt, answer
 
 
 def _render(tokenizer: Any, chat: Chat, **options: bool) -> str:

@@ -100,17 +100,17 @@ class CausalLM:
             texts = _ids(tokenizer, table.text)
             return _examples([(start + ids + end)[:max_length] for ids in texts], [len(start)] * len(texts))
         prompts, answers = table.text, [_without_end(said, tokenizer.eos_token) for said in table.completion]
-        before, after = start, end
-        if getattr(tokenizer, "chat_template", None):  # it writes start and end itself
+        templated = bool(getattr(tokenizer, "chat_template", None))
+        if templated:
             chats = table.chat or [(("user", text),) for text in prompts]
             pairs = [in_template(tokenizer, *row) for row in zip(chats, answers, strict=True)]
             prompts, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
-            before = after = []
-        asked = _ids(tokenizer, prompts)
-        cut = [
-            _cut(before + prompt, answer + after, max_length, start)
-            for prompt, answer in zip(asked, _ids(tokenizer, answers), strict=True)
+        asked = [prompt if templated else start + prompt for prompt in _ids(tokenizer, prompts)]
+        said = [  # a template may write the end itself, and a new line behind it
+            answer if templated and set(end) <= set(answer) else answer + end
+            for answer in _ids(tokenizer, answers)
         ]
+        cut = [_cut(*pair, max_length, start) for pair in zip(asked, said, strict=True)]
         examples = _examples([prompt + answer for prompt, answer in cut], [len(prompt) for prompt, _ in cut])
         return replace(examples, prompts=_numbered(asked))
 

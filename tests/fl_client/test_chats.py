@@ -18,7 +18,7 @@ from fl_client.opening import prepare_texts
 from fl_client.settings import DataSettings, SiteSettings
 from fl_client.tables import Table, load_corpus
 from fl_client.tasks import CausalLM
-from tests.fl_client.test_tasks import Letters, texts_of
+from tests.fl_client.test_tasks import EOS, Letters, texts_of
 from vblora.errors import ConfigError, DataError
 
 CHATML = (
@@ -36,6 +36,7 @@ def say(*turns: str) -> list[dict[str, str]]:
 class Chatty(Letters):
     """Its template writes `u...z` and `s...z`, and begins an answer with `s`."""
 
+    eos_token_id: int | None = ord("z") - 87
     chat_template: str | None = "any"
     rewrites: bool = False  # the prompt of a conversation that goes on
 
@@ -89,7 +90,7 @@ def test_every_answer_has_what_stands_before():
 def test_the_completion_is_what_the_template_adds():
     before = read_chat(say("ab", "cd", "ef"), "data")
     assert in_template(Chatty(), before, "gh") == ("uabzscdzuefzs", "ghz")
-    assert in_template(Chatty(rewrites=True), before, "gh") == ("uabzscdzuefzs", "gh>")
+    assert in_template(Chatty(rewrites=True), before, "gh") == ("uabzscdzuefzs", "gh")
     with pytest.raises(DataError, match=r"refuses a conversation \(no system role please\).*off"):
         in_template(Chatty(), (("system", "x"), *before), "gh")
 
@@ -97,11 +98,19 @@ def test_the_completion_is_what_the_template_adds():
 def test_prompts_go_through_the_template_where_there_is_one():
     table = Table(["ab", "c"], completion=["de>", "f"])
     assert texts_of(CausalLM().encode(Chatty(), table, 20)) == ["uabzs|dez", "uczs|fz"]
-    assert texts_of(CausalLM().encode(Chatty(chat_template=None), table, 20)) == ["<ab|de>", "<c|f>"]
+    plain = Chatty(eos_token_id=EOS, chat_template=None)
+    assert texts_of(CausalLM().encode(plain, table, 20)) == ["<ab|de>", "<c|f>"]
     assert texts_of(CausalLM().encode(Chatty(), table, 7)) == ["abzs|dez", "uczs|fz"], "its beginning is lost"
     chat = read_chat(say("ab", "cd", "ef"), "data")
     talk = Table(["ab\n\ncd\n\nef"], completion=["gh"], chat=[chat])
     assert texts_of(CausalLM().encode(Chatty(), talk, 20)) == ["uabzscdzuefzs|ghz"]
+
+
+def test_an_answer_ends_where_its_template_writes_no_end():
+    table = Table(["ab"], completion=["de"])
+    assert texts_of(CausalLM().encode(Chatty(eos_token_id=EOS), table, 20)) == ["uabzs|dez>"]
+    assert texts_of(CausalLM().encode(Chatty(eos_token_id=EOS, rewrites=True), table, 20)) == ["uabzs|de>"]
+    assert texts_of(CausalLM().encode(Chatty(eos_token_id=None), table, 20)) == ["uabzs|dez"]
 
 
 def test_a_real_tokenizer_writes_its_template(assets: Path):
@@ -111,7 +120,8 @@ def test_a_real_tokenizer_writes_its_template(assets: Path):
     tokens, leading = examples.text(0).tolist(), int(examples.targets[0])
     assert tokens.count(tokenizer.bos_token_id) == 1
     assert tokens[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(tokens[leading:]).strip() == "A dog.<|im_end|>"
+    assert tokenizer.decode(tokens[leading:-1]).strip() == "A dog.<|im_end|>"
+    assert tokens[-1] == tokenizer.eos_token_id, "<|im_end|> is no end to this one"
     short = CausalLM().encode(tokenizer, Table(["Who is it? " * 30], completion=["A dog."]), 64)
     assert short.text(0)[0] == tokenizer.bos_token_id, "kept when the prompt is cut"
     assert len(short.text(0)) == 64
