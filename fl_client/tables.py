@@ -93,9 +93,9 @@ def load_corpus(
 ) -> Corpus:
     """Read a data set and find what it is made of.
 
-    Rows whose text, label or completion is missing or blank are dropped. A column of messages gives a row for
-    each of the assistant's answers, with all that stands before as its prompt. A plain .txt file is cut at
-    blank lines; where paragraphs begin with "SPEAKER:", `group_column="speaker"` groups by it.
+    Rows whose text, label, completion or messages are missing or blank are dropped. A column of messages
+    gives a row for each of the assistant's answers, with all that stands before as its prompt. A plain .txt
+    file is cut at blank lines; where paragraphs begin with "SPEAKER:", `group_column="speaker"` groups by it.
 
     Args:
         data: "docstrings" (the embedded data set), a local file (csv, tsv, json, jsonl, parquet, txt; .gz
@@ -193,6 +193,8 @@ def _read_chats(frames: Sequence[Frame], roles: Roles) -> Table:
         cells = frame.columns[roles.chat][:]
         groups = _strings(frame, roles.group) if roles.group else [""] * len(cells)
         for cell, group in zip(cells, groups, strict=True):
+            if _missing(cell):
+                continue
             chat = read_chat(cell, f"{frame.where}: column {roles.chat!r}")
             rows += [(before, answer, group) for before, answer in answers(chat)]
     if not rows:
@@ -201,6 +203,11 @@ def _read_chats(frames: Sequence[Frame], roles: Roles) -> Table:
     text = ["\n\n".join(content for _, content in chat) for chat in chats]
     of_group = [group for _, _, group in rows] if roles.group else None
     return Table(text, None, completions, of_group, chats)
+
+
+def _missing(cell: Any) -> bool:
+    """Whether a cell of messages is empty or blank."""
+    return cell is None or cell != cell or (isinstance(cell, str) and not cell.strip())
 
 
 def _require_columns(frame: Frame, roles: Roles) -> None:

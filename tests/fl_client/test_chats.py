@@ -165,6 +165,21 @@ def test_conversations_load_as_rows_and_stay_on_one_side(talks: Path):
     assert taken.chat == [corpus.train.chat[row]]
 
 
+@pytest.mark.parametrize("blank", [None, [], "", " "], ids=repr)
+def test_a_missing_conversation_is_dropped_and_a_broken_one_told(tmp_path: Path, blank: Any):
+    path = tmp_path / "talks.jsonl"
+    as_text = isinstance(blank, str)  # a column has one type
+    talks = [say(f"What is {n}?", "A number.") for n in range(20)]
+    rows = [{"messages": json.dumps(talk) if as_text else talk} for talk in talks]
+    path.write_text("\n".join(map(json.dumps, [*rows, {"messages": blank}])))
+    corpus = load_corpus(str(path), "auto")
+    assert len(corpus.train) + len(corpus.test) == 20
+    broken = {"messages": "hello" if as_text else [{"speaker": "me"}]}
+    path.write_text("\n".join(map(json.dumps, [*rows, broken])))
+    with pytest.raises(DataError, match=r"column 'messages'.* holds .*, expected a list of messages"):
+        load_corpus(str(path), "auto")
+
+
 def test_conversations_without_an_answer_are_told(tmp_path: Path):
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps({"messages": say("hello?")}))
