@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,10 @@ def assemble(settings: SiteSettings, texts: Texts, base: Base) -> Site:
 
 
 def _tell_of_one_label(site: Site) -> None:
+    if (
+        current_process().daemon
+    ):  # a helper's: the process that it helps has the same clients, and tells of them
+        return
     clients = len(site.parts)
     if still := sum(not site.pace(client) for client in range(clients)):
         log.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -63,13 +64,19 @@ def test_a_head_of_its_own_learns_what_there_is(personal: str, first: bool):
     assert moved(replace(site, settings=own)) == [first, True, True]
 
 
-def test_clients_of_one_label_are_told_of(caplog: pytest.LogCaptureFixture):
+def test_clients_of_one_label_are_told_of_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     site = of_one_label()
     texts = Texts(site.train, site.parts, site.test, site.own, LABELS, {})
     base = Base(make_base("bert", layers=1), None, 0)
     assemble(site.settings, texts, base)
     assert "1 of 3 clients have texts of one label only" in caplog.text
     caplog.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("fl_client.assembly.current_process", lambda: Mock(daemon=True))  # a helper
+        assemble(site.settings, texts, Base(make_base("bert", layers=1), None, 0))
+    assert not caplog.text
     local = replace(site.settings.local, label_mix=False)
     assemble(replace(site.settings, local=local), texts, Base(make_base("bert", layers=1), None, 0))
     assert not caplog.text
