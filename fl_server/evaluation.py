@@ -5,7 +5,6 @@ Beside it, on request, each client's own score: on its own held-out texts, with 
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from dataclasses import dataclass
 from fl_server.exchange import Reply, Request, Scalar, client_order
 from vblora.errors import UpdateError
 
-__all__ = ["EVALUATORS", "ShardSums", "add_shards", "evaluation_requests", "mean_and_spread"]
+__all__ = ["EVALUATORS", "MOST_LOSS", "ShardSums", "add_shards", "evaluation_requests", "mean_and_spread"]
 
+MOST_LOSS = 1e6  # of one example: a client that names more is not believed, and sums stay finite
 EVALUATORS = 10  # at most: the test set is common, more clients would only make its shards smaller
 
 
@@ -48,8 +48,12 @@ class ShardSums:
             )
         except (KeyError, ValueError, OverflowError) as error:
             raise UpdateError(f"evaluation: metrics {dict(told)!r:.200} lack or misstate {error}") from error
-        if not (math.isfinite(sums.loss_sum) and 0 <= sums.correct <= sums.examples < 1 << 53):
-            raise UpdateError(f"evaluation: metrics are {dict(told)!r:.200}, expected finite sums")
+        most = MOST_LOSS * sums.examples
+        if not (0 <= sums.correct <= sums.examples < 1 << 53 and 0 <= sums.loss_sum <= most):
+            raise UpdateError(
+                f"evaluation: metrics are {dict(told)!r:.200}, expected a loss of 0 to {MOST_LOSS:g} "
+                "an example, and at most all correct"
+            )
         return sums
 
     def score(self, metric: str) -> float:

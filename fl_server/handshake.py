@@ -17,6 +17,8 @@ __all__ = ["Fault", "Roster", "Task", "describe", "meet", "name_faults", "with_s
 
 METRICS = ("accuracy", "loss")
 PACKAGE = "fed-vblora"
+MAX_TEXT = 4 << 20  # characters of a client's answer: names of layers and of labels are the most of it
+MAX_DEPTH = 20  # of lists and objects in it
 
 
 @dataclass(frozen=True)
@@ -188,13 +190,26 @@ def _read_hello(reply: Reply) -> dict[str, Any]:
 def _read_json(reply: Reply) -> dict[str, Any]:
     if reply.error:
         raise RunError(reply.error)
+    if len(reply.text) > MAX_TEXT:
+        raise RunError(f"its answer has {len(reply.text)} characters, expected {MAX_TEXT} at most")
     try:
         body = json.loads(reply.text)
+        deep = not _is_within(body, MAX_DEPTH)
     except ValueError as error:
         raise RunError(f"its answer is not JSON ({error})") from error
+    except RecursionError:
+        deep = True
+    if deep:
+        raise RunError(f"its answer is nested too deeply, expected {MAX_DEPTH} levels at most")
     if not isinstance(body, dict):
         raise RunError(f"its answer is a {type(body).__name__}, expected a JSON object")
     return body
+
+
+def _is_within(value: Any, levels: int) -> bool:
+    """Whether a JSON value has no more than so many levels: what is read here is written into the summary."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(levels > 0 and _is_within(item, levels - 1) for item in items)
 
 
 def _get(body: Mapping[str, Any], key: str, kind: type[Any]) -> Any:

@@ -15,7 +15,8 @@ Sums = Mapping[str, float]
 
 COUNTS = [f"text-bleu-{what}-{order}" for what in ("right", "ngrams") for order in range(1, 5)]
 LENGTHS = ["text-bleu-length", "text-bleu-reference-length"]
-NAMES = ["text-prompts", "text-exact", "text-rouge", *COUNTS, *LENGTHS]
+SHARES = ["text-exact", "text-rouge"]  # at most 1 of each prompt
+NAMES = ["text-prompts", *SHARES, *COUNTS, *LENGTHS]
 
 
 def require_library() -> None:
@@ -37,7 +38,9 @@ def read_text_sums(reply: Reply) -> Sums:
         UpdateError: one is missing, or cannot be.
     """
     told = {name: float(reply.metrics.get(name, math.nan)) for name in NAMES}
-    if wrong := [name for name, value in told.items() if not 0 <= value < 1 << 53]:
+    wrong = [name for name, value in told.items() if not 0 <= value < 1 << 53]
+    wrong += [name for name in SHARES if told[name] > told["text-prompts"]]
+    if wrong:
         why = reply.text or f"sums of generated texts lack or misstate {', '.join(wrong):.200}"
         raise UpdateError(f"evaluation: {why}")
     return told

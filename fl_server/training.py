@@ -10,6 +10,7 @@ import numpy as np
 from fl_server.asking import MAX_REASON, Inbox, Run, ask, ordered, rejected
 from fl_server.broadcast import Broadcast
 from fl_server.clipping import Harvest
+from fl_server.evaluation import MOST_LOSS
 from fl_server.exchange import NEED_STATE, Reply, Request, Scalar, client_order
 from fl_server.handshake import Fault, name_faults
 from fl_server.history import Record
@@ -145,7 +146,7 @@ def _count_sections(sizes: dict[str, int], blob: bytes) -> None:
 
 
 def _mean_loss(losses: dict[str, tuple[float, int]]) -> float | None:
-    """Weighted by examples, added in the order of names; clients that report none are left out."""
-    told = [losses[name] for name in sorted(losses, key=client_order) if math.isfinite(losses[name][0])]
+    """Weighted by examples, added in the order of names; one that cannot be is left out."""
+    told = [losses[name] for name in sorted(losses, key=client_order) if abs(losses[name][0]) <= MOST_LOSS]
     examples = sum(weight for _, weight in told)
     return sum(loss * weight for loss, weight in told) / examples if examples else None

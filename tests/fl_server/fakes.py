@@ -75,7 +75,8 @@ class FakeClient:
             assert request.config["shard"] in range(int(request.config["shards"]))
             metrics |= {f"eval-{name}": value for name, value in sums.items()}
         if request.config.get("own"):
-            own = {"examples": int(self.name) % 5, "loss-sum": 1.0, "correct": min(1, int(self.name) % 5)}
+            some = min(1, int(self.name) % 5)
+            own = {"examples": int(self.name) % 5, "loss-sum": float(some), "correct": some}
             metrics |= {f"own-{name}": value for name, value in own.items()}
         return Reply(self.name, metrics=metrics)
 

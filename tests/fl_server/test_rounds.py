@@ -185,12 +185,13 @@ def test_late_clients_train_once_the_bank_is_frozen(tmp_path: Path):
     assert set(trained[30:]) == {"0", "1", "2", "3", "4"}
 
 
-def test_metric_loss(tmp_path: Path):
-    class Loss(FakeClient):
-        def description(self) -> dict[str, Any]:
-            return {**super().description(), "metric": {"name": "loss", "higher_is_better": False}}
+class LossClient(FakeClient):
+    def description(self) -> dict[str, Any]:
+        return {**super().description(), "metric": {"name": "loss", "higher_is_better": False}}
 
-    summary = run(tmp_path, FakeExchange([Loss(str(number)) for number in range(5)]))
+
+def test_metric_loss(tmp_path: Path):
+    summary = run(tmp_path, FakeExchange([LossClient(str(number)) for number in range(5)]))
     scores = [record["score"] for record in read_history(tmp_path) if record["score"] is not None]
     assert scores[0] == read_history(tmp_path)[0]["eval_loss"]
     assert summary["score"]["best"] == min(scores)
@@ -284,6 +285,8 @@ def test_no_usable_reply_ends_the_run_with_reasons_and_it_can_go_on(tmp_path: Pa
         {"eval-examples": 3, "eval-loss-sum": float("nan"), "eval-correct": 1},
         {"eval-examples": 3, "eval-loss-sum": 1.0, "eval-correct": 4},
         {"eval-examples": float("inf"), "eval-loss-sum": 1.0, "eval-correct": 1},
+        {"eval-examples": 3, "eval-loss-sum": 1.7e308, "eval-correct": 1},
+        {"eval-examples": 3, "eval-loss-sum": -1e300, "eval-correct": 1},
     ],
 )
 def test_a_bad_evaluation_is_left_out(tmp_path: Path, metrics: dict[str, float]):
@@ -298,6 +301,19 @@ def test_a_bad_evaluation_is_left_out(tmp_path: Path, metrics: dict[str, float])
     assert record["score"] is not None
 
 
+def test_own_losses_that_cannot_be_are_left_out(tmp_path: Path):
+    def tamper(request: Request, reply: Reply) -> list[Reply]:
+        if request.kind == "evaluate" and request.client in "23":
+            return [replace(reply, metrics={**reply.metrics, "own-loss-sum": 1.7e308})]
+        return [reply]
+
+    members = [LossClient(str(number)) for number in range(5)]
+    run(tmp_path, FakeExchange(members, tamper), rounds=1, own_scores=True)
+    record = read_history(tmp_path)[1]
+    assert list(record["own"]) == ["1", "4"]
+    assert [fault["client"] for fault in record["rejected"]] == ["2", "3"]
+
+
 def test_nobody_can_evaluate(tmp_path: Path):
     def tamper(request: Request, reply: Reply) -> list[Reply]:
         return [Reply(reply.client, error="no test set")] if request.kind == "evaluate" else [reply]
@@ -308,16 +324,18 @@ def test_nobody_can_evaluate(tmp_path: Path):
         run(tmp_path, make_exchange(tamper=tamper))
 
 
-def test_a_loss_that_is_no_number_stays_out_of_the_mean(tmp_path: Path):
+@pytest.mark.parametrize("loss", [float("nan"), 1.7e308])
+def test_a_loss_that_cannot_be_stays_out_of_the_mean(tmp_path: Path, loss: float):
     def tamper(request: Request, reply: Reply) -> list[Reply]:
-        return [replace(reply, metrics={"train-loss": float("nan")}) if request.client == "1" else reply]
+        return [replace(reply, metrics={"train-loss": loss}) if request.client == "1" else reply]
 
     def none(request: Request, reply: Reply) -> list[Reply]:
         return [replace(reply, metrics={}) if request.kind == "train" else reply]
 
-    run(tmp_path / "a", make_exchange(tamper=lambda q, r: tamper(q, r) if q.kind == "train" else [r]))
+    lying = make_exchange(tamper=lambda q, r: tamper(q, r) if q.kind == "train" else [r])
+    run(tmp_path / "a", lying, clients_per_round=5)
     run(tmp_path / "b", make_exchange(tamper=none))
-    assert all(record["train_loss"] is not None for record in read_history(tmp_path / "a")[1:])
+    assert all(0 < record["train_loss"] < 2 for record in read_history(tmp_path / "a")[1:])
     assert all(record["train_loss"] is None for record in read_history(tmp_path / "b"))
 
 
@@ -326,21 +344,29 @@ def test_a_loss_that_is_no_number_stays_out_of_the_mean(tmp_path: Path):
 
 def test_clients_that_do_not_fit_are_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     other = make_blueprint(replace(SPEC, topk=3))
-    members = [FakeClient(str(number), other if number == 3 else make_blueprint()) for number in range(6)]
+    members = [FakeClient(str(number), other if number == 3 else make_blueprint()) for number in range(8)]
 
     def tamper(request: Request, reply: Reply) -> list[Reply]:
         if request.kind != "hello":
             return [reply]
-        broken = {"1": [], "2": [replace(reply, text="{")], "4": [Reply("4", error="no data")]}
+        broken = {
+            "1": [],
+            "2": [replace(reply, text="{")],
+            "4": [Reply("4", error="no data")],
+            "6": [replace(reply, text="[" * 200_000)],
+            "7": [replace(reply, text=" " * 5_000_000)],
+        }
         return broken.get(request.client, [reply])
 
-    summary = run(tmp_path, FakeExchange(members, tamper), clients=6)
+    summary = run(tmp_path, FakeExchange(members, tamper), clients=8)
     assert summary["clients"] == 2
     told = "\n".join(caplog.messages)
     assert "client 1 refused: no answer within 600 seconds" in told
     assert "client 2 refused: its answer is not JSON" in told
     assert "client 3 refused: its adapter is " in told
     assert "client 4 refused: no data" in told
+    assert "client 6 refused: its answer is nested too deeply" in told
+    assert "client 7 refused: its answer has 5000000 characters, expected 4194304 at most" in told
 
 
 def test_nobody_is_left(tmp_path: Path):
@@ -364,6 +390,8 @@ def test_nobody_is_left(tmp_path: Path):
             "its metric is 'bleu', expected one of accuracy",
         ),
         ({"metric": None}, "its answer has metric = None, expected dict"),
+        ({"data": json.loads("[" * 500 + "]" * 500)}, "its answer is nested too deeply"),
+        ({"blueprint": "[" * 200_000}, "client 0: blueprint: not readable"),
     ],
 )
 def test_a_description_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], reason: str):
