@@ -9,7 +9,6 @@ they can do is bounded by the share of examples.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
@@ -35,7 +34,8 @@ def clip_updates(updates: Mapping[str, Update], factor: float) -> tuple[dict[str
     Args:
         updates: of one round, by client; their order does not matter.
         factor: at least 1. With fewer than three updates a median says nothing, and nothing is cut. Nor do
-            those that change nothing, as clients of one label do: they are no part of it.
+            those that change nothing, as clients of one label do: they are no part of it. Where two change
+            a section the smaller pull is the measure, and where one does, its change is dropped.
 
     Returns:
         The updates, and what was cut of which client, for the log.
@@ -66,9 +66,11 @@ def clip_updates(updates: Mapping[str, Update], factor: float) -> tuple[dict[str
 
 
 def _limit(factor: float, pulls: Sequence[float]) -> float:
-    """`factor` times the median of the pulls that there are."""
+    """`factor` times the median of the pulls that there are; of two the smaller, of one 0."""
     moved = [pull for pull in pulls if pull > 0]
-    return factor * median(moved) if len(moved) > 2 else math.inf
+    if len(moved) < 2:
+        return 0.0
+    return factor * (median(moved) if len(moved) > 2 else min(moved))
 
 
 class Harvest:

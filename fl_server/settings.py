@@ -124,6 +124,11 @@ class ServerSettings:
             return "bank"
         return "" if (number - 1) % self.logits_every == 0 else "logits"
 
+    def silent(self, number: int) -> frozenset[str]:
+        """What updates leave as it is in a round, frozen or personal: of "bank", "logits" and "head"."""
+        named = {part.strip() for part in f"{self.frozen(number)},{self.personal}".split(",")}
+        return frozenset(named - {"", "none"})
+
     @property
     def scores_own(self) -> bool:
         """Whether evaluations ask each client for its own score."""

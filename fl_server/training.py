@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -84,6 +84,7 @@ def _collect(
     config: dict[str, Scalar] = {"round": number, "lr-scale": record["lr_scale"], "run": run.name}
     if frozen := settings.frozen(number):
         config["frozen"] = frozen
+    silent = settings.silent(number)
     if settings.train_seconds:
         config["seconds"] = settings.train_seconds
     # All are waited for in full, so that what comes twice is counted.
@@ -103,6 +104,7 @@ def _collect(
         fault = ""
         try:
             update = _read_update(reply, reference.state, run.task.blueprint, settings.max_reply)
+            _require_silence(update, reference.state, silent)
             harvest.take(reply.client, update)
         except (WireError, UpdateError) as error:
             fault = str(error)[:MAX_REASON]
@@ -138,6 +140,15 @@ def _read_update(reply: Reply, state: State, blueprint: Blueprint, most: int) ->
     update = decode_update(reply.blob, blueprint, state)
     check_update(update, blueprint, state)
     return update
+
+
+def _require_silence(update: Update, state: State, silent: Collection[str]) -> None:
+    """Refuse a change of what honest clients leave alone in this round."""
+    moved = [name for name, change in update.dense.items() if name in silent and change.any()]
+    if "logits" in silent and update.topk is not None and state.topk is not None:
+        moved += [] if update.topk.same_rows(state.topk).all() else ["logits"]
+    if moved:
+        raise UpdateError(f"update: changes {', '.join(moved)}, which is frozen or personal in this round")
 
 
 def _count_sections(sizes: dict[str, int], blob: bytes) -> None:

@@ -57,6 +57,17 @@ def test_two_updates_have_no_median_to_speak_of():
     assert clip_updates(updates, 1.0) == (updates, {})
 
 
+def test_one_that_moves_what_nobody_else_does_has_no_measure():
+    """Beside clients that are still: of two that move, the smaller pull holds; one alone moves nothing."""
+    still = {name: make(0.0) for name in "ab"}
+    kept, told = clip_updates({**still, "liar": make(30.0)}, 2.0)
+    assert not kept["liar"].dense["bank"].any()
+    assert told == {"liar": "bank 30 to 0"}
+    kept, told = clip_updates({**still, "c": make(1.0), "liar": make(30.0)}, 2.0)
+    assert norms(kept["liar"])["bank"] == pytest.approx(2.0)
+    assert list(told) == ["liar"]
+
+
 def test_a_section_that_nobody_changes_stays():
     kept, told = clip_updates({name: make(0.0) for name in "abc"}, 1.0)
     assert told == {}

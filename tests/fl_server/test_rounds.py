@@ -37,6 +37,7 @@ from tests.fl_server.fakes import (
 from vblora.errors import RunError
 from vblora.files import load_state
 from vblora.frame import read_blob, section_bytes, write_blob
+from vblora.state import State
 from vblora.wire import decode_update, encode_update, initial
 
 
@@ -750,6 +751,35 @@ def test_a_poisoned_client_cannot_wreck_the_bank(tmp_path: Path):
     median, largest = record["norms"]["bank"]
     assert largest > 100 * median
     assert record["replies"] == 5
+
+
+class QuietClient(FakeClient):
+    """Leaves alone what is frozen, or the head and the logits where they are its own."""
+
+    def train(self, state: State, request: Request) -> Reply:
+        reply = super().train(state, request)
+        update = decode_update(reply.blob, self.blueprint, state)
+        silent = str(request.config.get("frozen", "head,logits"))
+        dense = {name: change * np.float32(name not in silent) for name, change in update.dense.items()}
+        topk = state.topk if "logits" in silent else update.topk
+        return replace(reply, blob=encode_update(replace(update, dense=dense, topk=topk), self.blueprint))
+
+
+@pytest.mark.parametrize(
+    ("options", "silent"),
+    [
+        ({"freeze_bank": 1}, "bank"),
+        ({"logits_every": 2}, "logits"),
+        ({"personal": "head,logits"}, "head, logits"),
+    ],
+)
+def test_what_a_round_leaves_alone_nobody_changes(tmp_path: Path, options: dict[str, Any], silent: str):
+    members = [*map(QuietClient, "0123"), FakeClient("4")]
+    run(tmp_path, FakeExchange(members), rounds=2, clients_per_round=5, **options)
+    second = read_history(tmp_path)[2]
+    (fault,) = (fault for fault in second["rejected"] if fault["client"] == "4")
+    assert fault["reason"] == f"update: changes {silent}, which is frozen or personal in this round"
+    assert second["replies"] == 4
 
 
 def test_clipping_leaves_honest_rounds_alone(tmp_path: Path):

@@ -68,6 +68,13 @@ def test_logits_rest_between_their_rounds():
     assert [third.frozen(number) for number in range(1, 6)] == ["", "logits", "logits", "", "logits"]
 
 
+def test_what_is_frozen_or_personal_is_silent():
+    plain = ServerSettings(logits_every=2, freeze_bank=3)
+    assert [plain.silent(number) for number in (1, 2, 4)] == [set(), {"logits"}, {"bank"}]
+    own = ServerSettings(personal="head, logits", freeze_bank=1)
+    assert [own.silent(number) for number in (1, 2)] == [{"head", "logits"}, {"bank", "head", "logits"}]
+
+
 def test_a_frozen_bank_leaves_every_round_to_the_logits():
     both = ServerSettings(logits_every=2, freeze_bank=3)
     assert [both.frozen(number) for number in range(1, 7)] == ["", "logits", "", "bank", "bank", "bank"]
