@@ -6,15 +6,19 @@ nothing: whoever reaches the port could let his own key in, or send code to ever
 this machine may, and operators that are named by address.
 
 A request of a node is held back from Flower until all of it is there and is of a size that nodes send: Flower
-itself reads any length into memory, before it looks at the key.
+itself reads any length into memory, before it looks at the key. What is held back is bounded too, in
+bytes and in seconds: it may come from anyone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
@@ -32,6 +36,11 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 NODES, HEALTH = "/v1/fleet/", "/health"
 MOST_BYTES = 8 << 20  # of a request of a node: Flower cuts blobs into pieces of 5 MiB
+BODY_SECONDS = 300.0  # for all of a request to come: 8 MiB at 220 kbit/s
+MOST_OF_PEER, MOST_OF_ALL = 256 << 20, 2 << 30  # bytes of nodes' requests in memory, by address and in all
+LEAST_HELD = 64 << 10  # that a request counts in memory, however short
+SPENT = "more than --requests or --megabytes allow; try again"
+FULL = "too much of other requests is still coming in; try again"
 BURST = 10.0  # seconds' worth of requests that may come at once
 QUIET = 60.0  # seconds in which a refusal is not told again
 MOST_PEERS = 10_000  # addresses that are remembered
@@ -97,6 +106,44 @@ class _Budget:
         return True
 
 
+class _Refused(Exception):
+    """A request that is not passed on: the answer's code, and a sentence."""
+
+    def __init__(self, code: int, why: str) -> None:
+        super().__init__(why)
+        self.code = code
+
+
+class _Room:
+    """Bytes of requests that are in memory now, by address."""
+
+    def __init__(self) -> None:
+        self._held: Counter[str] = Counter()
+        self._all = 0
+
+    @contextmanager
+    def share(self, peer: str) -> Iterator[Callable[[int], bool]]:
+        """What one request takes, until it is done with: a function that takes bytes, if there is room."""
+        taken = 0
+
+        def hold(size: int) -> bool:
+            nonlocal taken
+            if self._held[peer] + size > MOST_OF_PEER or self._all + size > MOST_OF_ALL:
+                return False
+            self._held[peer] += size
+            self._all += size
+            taken += size
+            return True
+
+        try:
+            yield hold
+        finally:
+            self._held[peer] -= taken
+            self._all -= taken
+            if not self._held[peer]:
+                del self._held[peer]
+
+
 class Gate:
     """ASGI middleware in front of the SuperLink."""
 
@@ -106,6 +153,7 @@ class Gate:
         self._operators = settings.networks
         self._clock = clock
         self._budgets: dict[str, tuple[_Budget, _Budget]] = {}
+        self._room = _Room()
         self._told: dict[tuple[str, str], float] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,27 +180,57 @@ class Gate:
     async def _node(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request of a node on, once it is known to be no larger and no more frequent than allowed."""
         peer = (scope["client"] or ("unknown",))[0]
-        requests, volume = self._budget(peer)
-        now = self._clock()
-        if not requests.take(1, now) or not volume.take(0, now):
-            await self._refuse(scope, send, 503, "more than --requests or --megabytes allow; try again")
-            return
-        body = b"" if _declared(scope) > MOST_BYTES else await _body(receive)
-        if body is None:  # gone
-            return
-        self._look_at_clock(scope, peer)
-        volume.take(len(body), now)
-        if max(_declared(scope), len(body)) > MOST_BYTES:
-            await self._refuse(
-                scope, send, 413, f"{_declared(scope) or 'too many'} bytes, expected {MOST_BYTES} at most"
-            )
-            return
-        events: list[Event] = [{"type": "http.request", "body": body, "more_body": False}]
+        with self._room.share(peer) as hold:
+            try:
+                async with asyncio.timeout(BODY_SECONDS):
+                    body = await self._body(scope, receive, self._budget(peer), hold)
+            except TimeoutError:
+                why = f"its body did not come within {BODY_SECONDS:g} seconds"
+                await self._refuse(scope, send, 408, why)
+                return
+            except _Refused as refused:
+                await self._refuse(scope, send, refused.code, str(refused))
+                return
+            if body is None:
+                return
+            self._look_at_clock(scope, peer)
+            events: list[Event] = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def replay() -> Event:
-            return events.pop() if events else await receive()
+            async def replay() -> Event:
+                return events.pop() if events else await receive()
 
-        await self._app(scope, replay, send)
+            await self._app(scope, replay, send)
+
+    async def _body(
+        self, scope: Scope, receive: Receive, budget: tuple[_Budget, _Budget], hold: Callable[[int], bool]
+    ) -> bytes | None:
+        """All of a request, charged as it comes in; None where the caller has gone.
+
+        Raises:
+            _Refused: it is too large, or more than its address may send or the gate may hold.
+        """
+        requests, volume = budget
+        if not requests.take(1, self._clock()) or not volume.take(0, self._clock()):
+            raise _Refused(503, SPENT)
+        if _declared(scope) > MOST_BYTES:
+            raise _Refused(413, f"{_declared(scope)} bytes, expected {MOST_BYTES} at most")
+        if not hold(LEAST_HELD):
+            raise _Refused(503, FULL)
+        parts: list[bytes] = []
+        size, more = 0, True
+        while more:
+            event = await receive()
+            if event["type"] == "http.disconnect":
+                return None
+            parts.append(event.get("body", b""))
+            size, more = size + len(parts[-1]), event.get("more_body", False)
+            if not volume.take(len(parts[-1]), self._clock()):
+                raise _Refused(503, SPENT)
+            if size > MOST_BYTES:
+                raise _Refused(413, f"too many bytes, expected {MOST_BYTES} at most")
+            if not hold(len(parts[-1])):
+                raise _Refused(503, FULL)
+        return b"".join(parts)
 
     def _budget(self, peer: str) -> tuple[_Budget, _Budget]:
         if peer not in self._budgets:
@@ -211,16 +289,3 @@ def _declared(scope: Scope) -> int:
         if name == b"content-length":
             return int(value) if value.isdigit() and len(value) < 20 else MOST_BYTES + 1
     return 0
-
-
-async def _body(receive: Receive) -> bytes | None:
-    """All of a request, or what was read of it when it became too large; None where the caller has gone."""
-    parts, size = [], 0
-    while True:
-        event = await receive()
-        if event["type"] == "http.disconnect":
-            return None
-        parts.append(event.get("body", b""))
-        size += len(parts[-1])
-        if not event.get("more_body") or size > MOST_BYTES:
-            return b"".join(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,6 +15,12 @@ from fl_server.gate import MOST_BYTES, Gate, GateSettings
 from vblora.errors import ConfigError
 
 NODE, RUN, TASK = "/v1/fleet/pull-messages", "/v1/control/start-run", "/v1/runtime/acquire-task"
+
+
+def make_scope(
+    path: str, peer: str = "10.0.0.9", here: str = "10.0.0.1", headers: Sequence[tuple[bytes, bytes]] = ()
+) -> MutableMapping[str, Any]:
+    return {"type": "http", "path": path, "client": (peer, 5), "server": (here, 8000), "headers": headers}
 
 
 class Server:
@@ -47,13 +53,7 @@ class Server:
         headers = [] if declared is None else [(b"content-length", str(declared).encode())]
         if signed is not None:
             headers.append((b"flwr-timestamp", signed.isoformat().encode()))
-        scope = {
-            "type": "http",
-            "path": path,
-            "client": (peer, 5),
-            "server": (here, 8000),
-            "headers": headers,
-        }
+        scope = make_scope(path, peer, here, headers)
         events = [{"type": "http.request", "body": part, "more_body": True} for part in body]
         events[-1]["more_body"] = False
         sent: list[MutableMapping[str, Any]] = []
@@ -128,6 +128,72 @@ def test_nobody_sends_too_much():
     assert codes == [200] * 9 + [503]
     server.now += 10.0
     assert server.ask(NODE)[0] == 200
+
+
+def test_what_comes_in_is_charged_before_all_of_it_is_there():
+    server = Server(megabytes=60.0)
+    pieces = tuple(bytes(1_000_000) for _ in range(8))
+    assert [server.ask(NODE, body=pieces)[0] for _ in range(8)] == [200] * 7 + [503]
+    assert server.ask(NODE, "10.0.0.8", pieces)[0] == 200, "others are not held up"
+
+
+class Stalled:
+    """Requests that send a mebibyte each and then nothing."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.codes: list[int] = []
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def open(self, peer: str, count: int = 1) -> None:
+        for _ in range(count):
+            events = [{"type": "http.request", "body": bytes(1 << 20), "more_body": True}]
+
+            async def receive(events: list[Any] = events) -> Any:
+                return events.pop() if events else await asyncio.Event().wait()
+
+            self.tasks.append(
+                asyncio.ensure_future(self.server.gate(make_scope(NODE, peer), receive, self.send))
+            )
+
+    async def send(self, event: MutableMapping[str, Any]) -> None:
+        if "status" in event:
+            self.codes.append(event["status"])
+
+
+def test_a_body_that_stalls_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.05)
+    stalled = Stalled(Server())
+
+    async def wait() -> None:
+        stalled.open("10.0.0.9")
+        await asyncio.wait_for(asyncio.gather(*stalled.tasks), 10)
+
+    asyncio.run(wait())
+    assert stalled.codes == [408]
+    assert stalled.server.reached == []
+
+
+def test_requests_that_are_still_coming_in_take_no_more_memory_than_they_may(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gate, "MOST_OF_PEER", 5 << 20)
+    monkeypatch.setattr(gate, "MOST_OF_ALL", 8 << 20)
+    stalled = Stalled(Server())
+
+    async def fill() -> None:
+        for peer, opened, refused in (("10.0.0.9", 10, 6), ("10.0.0.8", 6, 9), ("10.0.0.7", 1, 10)):
+            stalled.open(peer, opened)
+            await asyncio.sleep(0.01)
+            assert stalled.codes == [503] * refused
+        for task in stalled.tasks:
+            task.cancel()
+        await asyncio.gather(*stalled.tasks, return_exceptions=True)
+        stalled.open("10.0.0.7", 4)
+        await asyncio.sleep(0.01)
+        assert len(stalled.codes) == 10, "what is gone makes room"
+        for task in stalled.tasks:
+            task.cancel()
+
+    asyncio.run(fill())
 
 
 def test_a_refusal_is_logged_once_a_minute(caplog: pytest.LogCaptureFixture):
