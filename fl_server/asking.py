@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,8 @@ from fl_server.settings import ServerSettings
 
 __all__ = ["MAX_REASON", "Inbox", "Run", "ask", "ordered", "rejected"]
 
+WORTH_WHILE = 0.05  # of the time for replies: with less of it left nobody is asked again
+TOO_LATE = "it had lost the state that it was sent a change of, and too little time was left to send it all"
 MAX_REASON = 500  # characters kept of why a reply was rejected: a blob may hold long names
 
 
@@ -55,21 +58,31 @@ class Inbox:
 
 
 def ask(run: Run, reference: Broadcast, requests: Sequence[Request], inbox: Inbox) -> Iterator[Reply]:
-    """Send the reference to clients, each as it can best read it; who cannot gets it from version 0."""
+    """Send the reference to clients, each as it can best read it; who cannot gets it from version 0.
+
+    Both times together last for `timeout_seconds`. Who would have too little of it left has failed, and is
+    sent the reference from version 0 when it is next asked.
+    """
     asked = {request.client: request for request in requests}
+    left, end = run.settings.timeout_seconds, time.monotonic() + run.settings.timeout_seconds
     for _ in range(2):
         sent = [replace(item, blob=reference.blob(name)) for name, item in asked.items()]
         inbox.sent += sum(len(request.blob) for request in sent)
         lost: dict[str, Request] = {}
-        for reply in run.exchange.ask(sent, run.settings.timeout_seconds):
+        for reply in run.exchange.ask(sent, left):
             if reply.text == NEED_STATE and reply.client in asked and reference.held.get(reply.client):
                 reference.forget(reply.client)
                 lost[reply.client] = asked[reply.client]
             else:
                 yield reply
-        asked = lost
-        if not asked:
+        if not lost:
             return
+        if run.exchange.lasting:  # else nobody is ever late
+            left = end - time.monotonic()
+        if left < WORTH_WHILE * run.settings.timeout_seconds:
+            yield from (Reply(name, error=TOO_LATE) for name in lost)
+            return
+        asked = lost
 
 
 def ordered(faults: Iterable[Fault]) -> list[Fault]:
