@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_server.config_file import require_same_config, save_config
 from fl_server.events import EventLog, Several
-from fl_server.exchange import Kind, Reply, Request, client_order
+from fl_server.exchange import Kind, Reply, Request, client_order, one_line
 from fl_server.history import History
 from fl_server.observer import LogObserver, Observer
 from fl_server.plot import plot_score
@@ -34,7 +34,7 @@ MESSAGE_TYPES: Mapping[Kind, str] = {
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.02, 3.0  # between polls, seconds; Flower's own grid polls every 3
 PATIENCE, TELL_EVERY = 5.0, 60.0  # seconds before it says that it waits for clients, and says it again
 GREETING_SECONDS = 60.0  # for a node that comes during a run to tell its name
-MAX_REASON, MAX_NAME = 500, 64  # characters of what clients say
+MAX_NAME = 64  # characters of what a client calls itself
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 WRAPPING = re.compile(r"^<class '(?:\w+\.)*(\w+)'>:<'")  # of a SuperNode: <class 'ValueError'>:<'message'>
@@ -239,14 +239,15 @@ def _read_reply(name: str, answer: Message | str) -> Reply:
             str(config.get("text", "")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        return Reply(name, error=f"its message is not as expected ({type(error).__name__}: {error})")
+        why = f"its message is not as expected ({type(error).__name__}: {error})"
+        return Reply(name, error=one_line(why))
 
 
 def _reason(error: Error) -> str:
-    """The message of the exception that a client raised, on one line, without what Flower wraps it in."""
+    """The message of the exception that a client raised, fit for a log, without what Flower wraps it in."""
     text = ANSI.sub("", error.reason or f"Flower error {error.code}")
     text = text.rpartition(RAY_MARK)[2] if RAY_MARK in text else WRAPPING.sub(r"\1: ", text)
-    return " ".join(text.removesuffix("'>").split())[:MAX_REASON]
+    return one_line(text.removesuffix("'>"))
 
 
 def _checked_name(reply: Reply | None) -> str:

@@ -14,11 +14,10 @@ from fl_server.history import RejectedReply
 from fl_server.observer import Observer
 from fl_server.settings import ServerSettings
 
-__all__ = ["MAX_REASON", "Inbox", "Run", "ask", "ordered", "rejected"]
+__all__ = ["Inbox", "Run", "ask", "ordered", "rejected"]
 
 WORTH_WHILE = 0.05  # of the time for replies: with less of it left nobody is asked again
 TOO_LATE = "it had lost the state that it was sent a change of, and too little time was left to send it all"
-MAX_REASON = 500  # characters kept of why a reply was rejected: a blob may hold long names
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-__all__ = ["NEED_STATE", "Exchange", "Kind", "Reply", "Request", "Scalar", "client_order"]
+__all__ = ["NEED_STATE", "Exchange", "Kind", "Reply", "Request", "Scalar", "client_order", "one_line"]
 
 Kind = Literal["hello", "describe", "train", "evaluate"]
 Scalar = int | float | str | bool
+MAX_REASON = 500  # characters kept of what a client says: a blob may hold long names
 NEED_STATE = "need-state"  # `Reply.text` of a client that lacks what a blob builds on
 
 
@@ -73,3 +74,12 @@ class Exchange(Protocol):
 def client_order(name: str) -> tuple[bool, int, str]:
     """Sort key of client names: numbers by value, before all others."""
     return (False, int(name), name) if name.isdecimal() else (True, 0, name)
+
+
+def one_line(text: str) -> str:
+    """What a client says, fit for a log: on one line, printable, and cut.
+
+    Else it could forge lines of others, or steer the terminal that shows them.
+    """
+    printable = "".join(letter if letter.isprintable() else " " for letter in text[: 10 * MAX_REASON])
+    return " ".join(printable.split())[:MAX_REASON]

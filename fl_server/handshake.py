@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fl_server.exchange import Exchange, Reply, Request, client_order
+from fl_server.exchange import Exchange, Reply, Request, client_order, one_line
 from vblora.errors import FedVBError, RunError
 from vblora.imports import hold_start
 from vblora.spec import Blueprint
@@ -96,7 +96,7 @@ def meet(exchange: Exchange, timeout: float) -> Roster:
                 f"as client {fitting[0]} has; "
                 "base model, targets, rank, h, b, k, seed, start and labels must agree"
             )
-    refused = tuple(Fault(name, faults[name]) for name in sorted(faults, key=client_order))
+    refused = tuple(Fault(name, one_line(faults[name])) for name in sorted(faults, key=client_order))
     clients = tuple(name for name in ordered if name not in faults)
     if not clients:
         raise RunError(f"hello: none of {len(names)} clients can take part: {name_faults(refused)}")
@@ -132,7 +132,7 @@ def describe(exchange: Exchange, roster: Roster, timeout: float) -> Task:
                 f"it describes adapter {found[:12]}, expected {roster.fingerprint[:12]} as in its hello"
             )
     except FedVBError as error:
-        raise RunError(f"describe: client {client}: {error}") from error
+        raise RunError(f"describe: client {client}: {one_line(str(error))}") from error
     return task
 
 
@@ -183,7 +183,7 @@ def _read_hello(reply: Reply) -> dict[str, Any]:
         raise RunError(f"it has {examples} examples, expected at least 1; give it data or leave it out")
     return {
         "fingerprint": _get(body, "fingerprint", str),
-        "versions": {str(name): str(version) for name, version in versions.items()},
+        "versions": {one_line(name): one_line(str(version)) for name, version in versions.items()},
     }
 
 

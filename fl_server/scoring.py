@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fl_server.asking import MAX_REASON, Inbox, Run, ask, ordered, rejected
+from fl_server.asking import Inbox, Run, ask, ordered, rejected
 from fl_server.broadcast import Broadcast
 from fl_server.evaluation import ShardSums, add_shards, evaluation_requests, mean_and_spread
-from fl_server.exchange import client_order
+from fl_server.exchange import client_order, one_line
 from fl_server.handshake import Fault, name_faults
 from fl_server.history import Record
 from fl_server.text_scores import read_text_sums, text_scores
@@ -42,7 +42,7 @@ def evaluate(run: Run, reference: Broadcast, record: Record) -> None:
             if reply.client in sharers and generate:
                 texts[reply.client] = read_text_sums(reply)
         except UpdateError as error:
-            fault = str(error)[:MAX_REASON]
+            fault = one_line(str(error))
             faults.append(Fault(reply.client, fault))
         run.observer.reply_received(number, "evaluate", reply.client, fault)
 

@@ -7,11 +7,11 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from fl_server.asking import MAX_REASON, Inbox, Run, ask, ordered, rejected
+from fl_server.asking import Inbox, Run, ask, ordered, rejected
 from fl_server.broadcast import Broadcast
 from fl_server.clipping import Harvest
 from fl_server.evaluation import MOST_LOSS
-from fl_server.exchange import NEED_STATE, Reply, Request, Scalar, client_order
+from fl_server.exchange import NEED_STATE, Reply, Request, Scalar, client_order, one_line
 from fl_server.handshake import Fault, name_faults
 from fl_server.history import Record
 from fl_server.stepping import step_towards
@@ -97,8 +97,8 @@ def _collect(
     requests = [Request(name, "train", b"", config) for name in names]
     for reply in inbox.first_of(ask(run, reference, requests, inbox)):
         if reply.metrics.get("dropped"):
-            dropped.append(Fault(reply.client, reply.text[:MAX_REASON]))
-            run.observer.client_dropped(number, reply.client, reply.text[:MAX_REASON])
+            dropped.append(Fault(reply.client, one_line(reply.text)))
+            run.observer.client_dropped(number, reply.client, dropped[-1].reason)
             continue
         traffic["up"] += len(reply.blob)
         fault = ""
@@ -107,7 +107,7 @@ def _collect(
             _require_silence(update, reference.state, silent)
             harvest.take(reply.client, update)
         except (WireError, UpdateError) as error:
-            fault = str(error)[:MAX_REASON]
+            fault = one_line(str(error))
             faults.append(Fault(reply.client, fault))
         else:
             reference.acknowledge(reply.client)

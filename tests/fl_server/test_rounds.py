@@ -20,7 +20,8 @@ import pytest
 
 from fl_server.attendance import Attendance
 from fl_server.events import EventLog
-from fl_server.exchange import Reply, Request
+from fl_server.exchange import Kind, Reply, Request
+from fl_server.observer import LogObserver
 from fl_server.rounds import run_rounds
 from fl_server.stepping import StepSettings
 from fl_server.training import sample_clients
@@ -368,6 +369,55 @@ def test_clients_that_do_not_fit_are_refused_by_name(tmp_path: Path, caplog: pyt
     assert "client 4 refused: no data" in told
     assert "client 6 refused: its answer is nested too deeply" in told
     assert "client 7 refused: its answer has 5000000 characters, expected 4194304 at most" in told
+
+
+FORGED = "no\n2026-01-01 client 3 is fine\x1b[2J\x1b]0;owned\x07\u202e" + "x" * 9999
+
+
+@pytest.mark.parametrize("kind", ["hello", "train", "evaluate"])
+def test_nothing_that_a_client_says_forges_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+):
+    def forge(request: Request, reply: Reply) -> list[Reply]:
+        if request.kind != kind or request.client != "1":
+            return [reply]
+        if kind == "hello":
+            lies: dict[str, Any] = {"fingerprint": FORGED, "versions": {FORGED: FORGED, "fed-vblora": FORGED}}
+            return [replace(reply, text=json.dumps(json.loads(reply.text) | lies))]
+        return [Reply("1", error=FORGED)]
+
+    run(tmp_path, make_exchange(tamper=forge), rounds=1, clients_per_round=5)
+    lines = [line for line in caplog.messages if "client 1" in line]
+    assert lines
+    assert all(line.isprintable() and len(line) < 700 for line in lines)
+    for fault in read_history(tmp_path)[1]["rejected"]:
+        assert fault["reason"].isprintable()
+
+
+def test_a_drop_out_and_generated_texts_forge_no_line(tmp_path: Path):
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed: pip install -e '.[text-scores]'")
+    reasons: list[str] = []
+
+    class Ear(LogObserver):
+        def client_dropped(self, number: int, client: str, reason: str) -> None:
+            reasons.append(reason)
+
+        def reply_received(self, number: int, kind: Kind, client: str, fault: str, size: int = 0) -> None:
+            reasons.append(fault)
+
+    def forge(request: Request, reply: Reply) -> list[Reply]:
+        if request.client != "1" or request.kind not in ("train", "evaluate"):
+            return [reply]
+        told = {"dropped": 1} if request.kind == "train" else reply.metrics
+        return [replace(reply, blob=b"", metrics=told, text=FORGED)]
+
+    settings = make_settings(tmp_path, rounds=1, clients_per_round=5, eval_generate=2)
+    run_rounds(make_exchange(tamper=forge), settings, Ear())
+    assert [reason.partition(" 2026")[0] for reason in reasons if "owned" in reason] == [
+        "no",
+        "evaluation: no",
+    ]
+    assert all(reason == "" or reason.isprintable() for reason in reasons)
 
 
 def test_nobody_is_left(tmp_path: Path):

@@ -216,6 +216,7 @@ def test_malformed_replies_do_no_harm(content: RecordDict, reason: str):
         ),
         (None, "Flower error 8"),
         ("x" * 9999, "x" * 500),
+        ("\x1b]0;owned\x07\x1b[2J\x1b[1Aclient 3\u202e is fine", "]0;owned [2J [1Aclient 3 is fine"),
     ],
 )
 def test_reasons_are_one_plain_line(told: str | None, shown: str):
