@@ -5,7 +5,8 @@ x becomes `round(x * 2^32)` and counts `examples` times:
 
 * A step of 2^-32 = 2.3e-10 is an eighth of float32's spacing at a bank entry of 0.02 (2^-29): what fixed
   point drops of a change, at most half a step, is less than what float32 drops when the change is added.
-* The weight of a bank vector in a row, in (0, 1], is held to half a step too.
+* The weight of a bank vector in a row, in (0, 1], is held to half a step too. A logit, where those are
+  averaged, has coarser steps, 2^-25 where logits start with a standard deviation of 0.1.
 * An int64 is good for |x| * examples below 2^31, say a change of 100 over 2^24 examples; an update beyond
   that is refused by itself, whatever came before. Sums that outgrow an int64 go on in a second one.
 
@@ -14,6 +15,7 @@ Axes: S rows, h bank vectors, k mixed vectors a row, n entries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -38,6 +40,8 @@ MAX_EXAMPLES = 1 << 24  # of one update: so 127 clients that all claim the most 
 MAX_TOTAL_EXAMPLES = (1 << 31) - 1  # of a round: a weight of 1 from every example still fits an int64
 CHUNK = 1 << 18  # numbers converted at once: the temporaries stay in the cache
 FLOOR = 2 * LARGEST_LOGIT  # no logit of version 0 lies as far below 0
+LARGEST_GAP = 30.0  # between logits that a client says: e^-30 of a mixture is nothing
+MOST_SIGMAS = 16.0  # no logit that a seed draws lies as far from 0
 MERGE = 1 << 20  # entries of selections that wait before they are merged: 16 MB
 
 
@@ -208,19 +212,28 @@ class _Weights:
 
 
 class _Logits:
-    """Selections as the logits that they stand for, above the seeds that everyone holds."""
+    """Selections as the logits that they stand for, above the seeds that everyone holds.
+
+    A logit can be whatever its client says, unlike a weight. So gaps are cut where more would say nothing,
+    and steps are of a size that gives an int64 room for the largest lift from every example of a round.
+    """
 
     def __init__(self, spec: VBLoRASpec, blueprint: Blueprint) -> None:
         self._spec, self._order = spec, order_of(blueprint)
         self._seeds = np.empty((blueprint.rows, 0), np.float32)
+        found = self._order.exact  # in a file, with gaps of any size
+        spread = 2 * LARGEST_LOGIT if found else 2 * MOST_SIGMAS * spec.init_std
+        self._largest_gap = spread if found else LARGEST_GAP
+        reach = spread + spec.margin + self._largest_gap
+        self._one = 1 << (31 - math.ceil(math.log2(reach)))
 
     def of(self, rows: Ints, topk: TopK) -> Ints:
         wide = self._seeded(int(topk.positions[rows].max(initial=0)) + 2)
-        part = TopK(topk.positions[rows], topk.gaps[rows])
+        part = TopK(topk.positions[rows], np.minimum(topk.gaps[rows], np.float32(self._largest_gap)))
         seeds = np.take_along_axis(wide[rows], part.positions.astype(np.int64), axis=1)
         logits = anchored(self._spec, wide[rows], part, keep=self._order.exact)
         lifts = logits.astype(np.float64) - seeds
-        return np.rint(lifts * ONE).astype(np.int64)
+        return np.rint(lifts * self._one).astype(np.int64)
 
     def untouched(self, rows: Ints, k: int) -> Ints:
         # Seeds fall along the places: of those that nobody chose only the first can be among the k largest.
@@ -228,10 +241,10 @@ class _Logits:
 
     def levels(self, rows: Ints, positions: Ints, sums: Ints, total: int) -> Ints:
         seeds = self._seeded(int(positions.max(initial=0)) + 1)[rows, positions].astype(np.float64)
-        return np.rint(sums / total).astype(np.int64) + np.rint((seeds + FLOOR) * ONE).astype(np.int64)
+        return np.rint(sums / total).astype(np.int64) + np.rint((seeds + FLOOR) * self._one).astype(np.int64)
 
     def gaps(self, chosen: Ints, total: int) -> Floats:
-        return ((chosen[:, :1] - chosen[:, 1:]) / ONE).astype(np.float32)
+        return ((chosen[:, :1] - chosen[:, 1:]) / self._one).astype(np.float32)
 
     def _seeded(self, width: int) -> Floats:
         """(S, W) seeds, W at least `width` (h where that is less)."""

@@ -4,7 +4,8 @@ The pull of an update on a section of the mean is its length there times its exa
 than `factor` times the round's median of examples, and a section that pulls more than `factor` times the
 median pull is scaled to that: no single client, however it lies, moves a section of the mean further than the
 median client does, times `factor`. The weights of a selection need no cutting: each lies in (0, 1], so what
-they can do is bounded by the share of examples.
+they can do is bounded by the share of examples. Logits have no such bound: settings refuse to clip
+where those are averaged.
 """
 
 from __future__ import annotations

@@ -186,6 +186,11 @@ class ServerSettings:
             )
         if "clip_updates" not in wrong and 0 < self.clip_updates < 1:
             yield f"clip-updates is {self.clip_updates}, expected 0 (off) or at least 1"
+        if not wrong & {"clip_updates", "logit_mean"} and self.clip_updates and self.logit_mean == "logits":
+            yield (
+                f"clip-updates is {self.clip_updates:g} with logit-mean logits, where one client may move "
+                "a selection as far as it likes; take logit-mean weights, or leave clip-updates out"
+            )
         if "schedule" not in wrong and self.schedule not in SCHEDULES:
             yield f"schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}"
         if "logit_mean" not in wrong and self.logit_mean not in SPACES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -103,6 +104,29 @@ def test_in_logits_agrees_with_a_dense_mean(case):
     best = -np.sort(-logits, axis=1)[moved, :k]
     np.testing.assert_allclose(chosen, best, atol=1e-6)
     np.testing.assert_allclose(new.topk.gaps[moved], best[:, :1] - best[:, 1:], atol=1e-6)
+
+
+@pytest.mark.parametrize("init_std", [0.1, 10.0])
+@pytest.mark.parametrize("gap", [50.0, 1e10, 3e38])
+def test_no_gap_makes_sums_of_logits_overflow(init_std: float, gap: float):
+    """A whole round of clients that claim the largest gap and the most examples, but one."""
+    spec = VBLoRASpec(rank=2, num_vectors=8, vector_length=4, topk=2, seed=3, init_std=init_std)
+    blueprint = make_blueprint(spec)
+    reference = initial_state(blueprint)
+    honest = make_update(reference, np.random.default_rng(0), 8, MAX_EXAMPLES)
+    rows = len(reference.topk.positions)
+    lie = TopK(np.tile(np.array([[6, 7]], np.int32), (rows, 1)), np.full((rows, 1), gap, np.float32))
+    liar = replace(honest, dense=constant(reference, 0.0), topk=lie)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new = aggregate(reference, [honest, *[liar] * 126], blueprint, "logits")
+        assert aggregate(reference, [*[liar] * 126, honest], blueprint, "logits").digest == new.digest
+    check_update(Update(new.version, new.digest, 1, new.dense, new.topk), blueprint, new)
+    cut = replace(lie, gaps=np.full_like(lie.gaps, 30.0))
+    logits = (dense_logits_of(honest.topk, spec) + 126 * dense_logits_of(cut, spec)) / 127
+    best = -np.sort(-logits, axis=1)[:, :2]
+    np.testing.assert_allclose(np.take_along_axis(logits, new.topk.positions, axis=1), best, atol=1e-4)
+    np.testing.assert_allclose(new.topk.gaps, best[:, :1] - best[:, 1:], atol=1e-4)
 
 
 @settings(deadline=None, max_examples=60)

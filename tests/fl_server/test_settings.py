@@ -81,5 +81,7 @@ def test_a_frozen_bank_leaves_every_round_to_the_logits():
 
 
 def test_what_selections_are_averaged_by():
+    with pytest.raises(ConfigError, match="clip-updates is 2 with logit-mean logits, where one client may"):
+        ServerSettings(logit_mean="logits", clip_updates=2.0)
     with pytest.raises(ConfigError, match="logit-mean is 'sets', expected one of weights, logits"):
         ServerSettings(logit_mean="sets")
