@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ MESSAGE_TYPES: Mapping[Kind, str] = {
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.02, 3.0  # between polls, seconds; Flower's own grid polls every 3
 PATIENCE, TELL_EVERY = 5.0, 60.0  # seconds before it says that it waits for clients, and says it again
 GREETING_SECONDS = 60.0  # for a node that comes during a run to tell its name
+NAMELESS_SECONDS = 30.0  # before one that told none is asked again
 MAX_NAME = 64  # characters of what a client calls itself
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -80,7 +82,7 @@ class GridExchange:
         """See `meet`. `nodes` maps names to node ids, `hellos` names to the replies that told them."""
         self.lasting = not getattr(grid, "in_process", False)
         self._grid = grid
-        self._strangers: set[int] = set()
+        self._ask_again: dict[int, float] = {}  # when, of nodes that are nobody's yet
         self._nodes = dict(nodes)
         self._hellos = dict(hellos)
 
@@ -124,19 +126,22 @@ class GridExchange:
         """Names of the clients whose nodes the SuperLink sees now.
 
         A node that was started anew may come with another id. New ones are asked for their name; who says
-        one whose node is gone takes its place.
+        one whose node is gone takes its place. Who says none, as while its trainer loads, is asked again.
         """
+        now = time.monotonic()
         online = set(self._grid.get_node_ids())
         gone = {name for name, node in self._nodes.items() if node not in online}
-        new = online - set(self._nodes.values()) - self._strangers
+        known = set(self._nodes.values())
+        new = [node for node in sorted(online - known) if self._ask_again.get(node, now) <= now]
         if gone and new:
-            for node, name, _ in _greet(self._grid, sorted(new), GREETING_SECONDS):
+            for node, name, _ in _greet(self._grid, new, GREETING_SECONDS):
                 if name in gone:
                     log.info("client %s is back as node %d", name, node)
                     self._nodes[name] = node
                     gone.remove(name)
                 else:
-                    self._strangers.add(node)
+                    wait = NAMELESS_SECONDS if name == _placeholder(node) else math.inf
+                    self._ask_again[node] = time.monotonic() + wait
         return [name for name in self._nodes if name not in gone]
 
     def ask(self, requests: Sequence[Request], timeout: float) -> Iterator[Reply]:
@@ -158,8 +163,12 @@ def _greet(grid: Grid, ids: Sequence[int], seconds: float) -> Iterator[tuple[int
     answers = dict(_deliver(grid, messages, seconds))
     for node in ids:
         reply = _read_reply("", answers[node]) if node in answers else None
-        name = _checked_name(reply) or f"node-{node}"
+        name = _checked_name(reply) or _placeholder(node)
         yield node, name, reply and Reply(name, reply.blob, reply.metrics, reply.text, reply.error)
+
+
+def _placeholder(node: int) -> str:
+    return f"node-{node}"
 
 
 def _wait_for_nodes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,34 @@ def test_nodes_without_a_name_and_nodes_of_one_name():
 
     with pytest.raises(RunError, match="nodes 2 and 3 both say that they are client 7"):
         GridExchange.meet(InProcessGrid(twins, 3), 3, 1.0)
+
+
+def test_a_node_that_comes_back_before_its_trainer_is_ready_is_asked_again(monkeypatch: pytest.MonkeyPatch):
+    """Nodes 2 and 3 are clients 0 and 1; client 1 comes back as node 4, and a stranger as node 5."""
+    asked: list[int] = []
+    names, online = {2: "0", 3: "1", 5: "stranger"}, [2, 3]
+
+    class Changing(InProcessGrid):
+        def get_node_ids(self) -> Iterable[int]:
+            return online
+
+    def told(messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
+        for message in messages:
+            asked.append(node := message.metadata.dst_node_id)
+            if node in names:
+                yield to_message(Reply(names[node], text="{}"), message)
+            else:
+                yield Message(Error(2, "trainer: none runs at this site"), reply_to=message)
+
+    exchange = GridExchange.meet(Changing(told, 4), 2, 1.0)
+    online[:] = [2, 4, 5]
+    assert exchange.present() == exchange.present() == ["0"]
+    assert asked == [2, 3, 4, 5], "not at once"
+    later = time.monotonic() + 31
+    monkeypatch.setattr("fl_server.app.time.monotonic", lambda: later)
+    names[4] = "1"
+    assert exchange.present() == ["0", "1"]
+    assert asked == [2, 3, 4, 5, 4]
 
 
 @pytest.mark.parametrize(
