@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
@@ -20,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from vblora.errors import RunError
+from vblora.errors import ConfigError, RunError
 
 __all__ = [
     "Certificate",
@@ -42,6 +44,10 @@ __all__ = [
 Key = ec.EllipticCurvePrivateKey
 Certificate = x509.Certificate
 
+LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+HOST_NAME = re.compile(
+    rf"(?=.{{1,253}}$)(?!.*(^|\.)\d+$)({LABEL}\.)*{LABEL}"
+)  # a number last: a broken address
 DAYS_CA, DAYS_SERVER = 3650, 825
 
 
@@ -95,11 +101,21 @@ def is_signed_by(certificate: Certificate, issuer: Certificate) -> bool:
 
 
 def host_name(host: str) -> x509.GeneralName:
-    """A name or an address as a certificate holds it."""
-    try:
+    """A name or an address as a certificate holds it; a name with letters beyond ASCII in IDNA's form.
+
+    Raises:
+        ConfigError: it is neither, so no client could call the server by it.
+    """
+    with suppress(ValueError):
         return x509.IPAddress(ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)
+    with suppress(UnicodeError):  # a label is empty, too long, or of letters that no name has
+        name = host.encode("idna").decode("ascii")
+        if HOST_NAME.fullmatch(name):
+            return x509.DNSName(name)
+    raise ConfigError(
+        f"--host is {host!r:.80}, expected a name or an address of the server, such as fed.example.org or "
+        "10.0.0.5, without a scheme, a port or brackets"
+    )
 
 
 # --- As bytes ------------------------------------------------------------------------

@@ -69,13 +69,12 @@ def make_keys(folder: Path, nodes: int, hosts: Sequence[str] = (), port: int | N
         port: of the server; None keeps what is there, or takes 8000.
 
     Raises:
-        ConfigError: no node, too many, or an empty host.
+        ConfigError: no node, too many, or a host that is neither a name nor an address.
         RunError: a part is missing that cannot be made, or a certificate is for other hosts.
     """
     if not 1 <= nodes <= MOST_NODES:
         raise ConfigError(f"--nodes is {nodes}, expected 1 to {MOST_NODES}")
-    if not all(host.strip() for host in hosts):
-        raise ConfigError("--host: an empty name, expected a name or address of the server")
+    hosts = [str(host_name(host).value) for host in hosts]
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     made: list[str] = []
     good_for = _server(folder, hosts, made)
@@ -154,7 +153,7 @@ def _server(folder: Path, hosts: Sequence[str], made: list[str]) -> tuple[str, .
                 )
         certificate = read_certificate(*_content(file))
         good_for = certificate_hosts(certificate)
-        if missing := [host for host in hosts if str(host_name(host).value) not in good_for]:
+        if missing := [host for host in hosts if host not in good_for]:
             raise RunError(
                 f"{file}: is for other hosts than {', '.join(missing)}; remove server.pem to have it made "
                 "anew, by the same authority"

@@ -127,6 +127,34 @@ def test_cut_off_between_two_files(tmp_path: Path, written: int, monkeypatch: py
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_name_beyond_ascii_is_written_as_clients_look_it_up(tmp_path: Path):
+    made = make_keys(tmp_path, 1, ["m\u00fcller.example", "node_1", "2001:DB8::5"])
+    assert made.hosts[:3] == ("xn--mller-kva.example", "node_1", "2001:db8::5")
+    assert "xn--mller-kva.example:8000" in (tmp_path / "flwr" / "config.toml").read_text()
+    assert make_keys(tmp_path, 1, ["m\u00fcller.example", "2001:db8:0::5"]).made == ()
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *(
+            "",
+            " ",
+            "fed.example.org:8000",
+            "https://fed.example.org",
+            "fed.example.org/",
+            "[::1]",
+            "10.0.0.256",
+        ),
+        *("a b", "-a", "a..b", "a.example\n", "*.example.org", "x" * 64, ".".join(["x" * 60] * 5)),
+    ],
+)
+def test_what_no_client_can_call_the_server_by_is_refused(tmp_path: Path, host: str):
+    with pytest.raises(ConfigError, match=r"--host is .*, expected a name or an address of the server"):
+        make_keys(tmp_path / "keys", 1, [host])
+    assert not (tmp_path / "keys").exists()
+
+
 def test_what_cannot_be_made_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match="--nodes is 0"):
         make_keys(tmp_path, 0, HOSTS)
