@@ -1,4 +1,4 @@
-"""The score of a state: clients sum over shards of a common test set, the server adds the sums.
+"""The score of a state: clients sum over shards of a common test set, sites over their own; the server adds.
 
 Beside it, on request, each client's own score: on its own held-out texts, with the parts that it keeps.
 """
@@ -15,7 +15,7 @@ from vblora.errors import UpdateError
 __all__ = ["EVALUATORS", "MOST_LOSS", "ShardSums", "add_shards", "evaluation_requests", "mean_and_spread"]
 
 MOST_LOSS = 1e6  # of one example: a client that names more is not believed, and sums stay finite
-EVALUATORS = 10  # at most: the test set is common, more clients would only make its shards smaller
+EVALUATORS = 10  # at most, of a common test set: more clients would only make its shards smaller
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,19 @@ class ShardSums:
 
 
 def evaluation_requests(
-    clients: Sequence[str], number: int, run: str, *, own: bool = False, generate: int = 0
+    clients: Sequence[str], number: int, run: str, *, common: bool, own: bool = False, generate: int = 0
 ) -> list[Request]:
-    """Ask each of the first clients to evaluate its contiguous shard; the state is yet to be put in.
+    """Ask clients to evaluate, each its contiguous shard; the state is yet to be put in.
 
-    With `own`, every client is asked for its own texts; with `generate`, those with a shard for their share
-    of the answers to so many prompts.
+    Args:
+        clients: those that can be asked. Of a test set that is `common` to them the first few take a shard;
+            else all do, as sites whose held-out texts are their own.
+        number, run: of the round.
+        common: see there.
+        own: ask every client for its own score, too.
+        generate: ask those with a shard for their share of the answers to so many prompts.
     """
-    shards = min(len(clients), EVALUATORS)
+    shards = min(len(clients), EVALUATORS) if common else len(clients)
     requests = []
     for at, name in enumerate(clients if own else clients[:shards]):
         config: dict[str, Scalar] = {"round": number, "run": run}

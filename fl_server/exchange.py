@@ -57,7 +57,9 @@ class Exchange(Protocol):
         """Names of all clients, in `client_order`."""
         ...
 
-    lasting: bool  # whether a client that is missing now may come back later
+    lasting: (
+        bool  # whether clients are elsewhere: late, gone and back again, with held-out texts of their own
+    )
 
     def present(self) -> list[str]:
         """Names of those that can be reached now, in any order."""

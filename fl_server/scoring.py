@@ -15,7 +15,7 @@ __all__ = ["evaluate"]
 
 
 def evaluate(run: Run, reference: Broadcast, record: Record) -> None:
-    """Score the reference on the common test set, and clients on their own texts; fill in the record.
+    """Score the reference on the held-out texts, and clients on their own ones; fill in the record.
 
     A shard that fails is left out and named; the score then covers `eval_examples`.
 
@@ -24,7 +24,14 @@ def evaluate(run: Run, reference: Broadcast, record: Record) -> None:
     """
     settings, number = run.settings, record["round"]
     generate = settings.eval_generate if number == settings.rounds else 0
-    requests = evaluation_requests(_there(run), number, run.name, own=settings.scores_own, generate=generate)
+    requests = evaluation_requests(
+        _there(run),
+        number,
+        run.name,
+        common=not run.exchange.lasting,
+        own=settings.scores_own,
+        generate=generate,
+    )
     sharers = {request.client for request in requests if "shards" in request.config}
     inbox = Inbox(request.client for request in requests)
     shards: dict[str, ShardSums] = {}

@@ -54,6 +54,18 @@ def content(out: Path) -> dict[str, Any]:
     return {"history": read_history(out), "summary": summary, "digest": state.digest.hex()}
 
 
+class QuietClient(FakeClient):
+    """Leaves alone what is frozen, or the head and the logits where they are its own."""
+
+    def train(self, state: State, request: Request) -> Reply:
+        reply = super().train(state, request)
+        update = decode_update(reply.blob, self.blueprint, state)
+        silent = str(request.config.get("frozen", "head,logits"))
+        dense = {name: change * np.float32(name not in silent) for name, change in update.dense.items()}
+        topk = state.topk if "logits" in silent else update.topk
+        return replace(reply, blob=encode_update(replace(update, dense=dense, topk=topk), self.blueprint))
+
+
 # --- A run ----------------------------------------------------------------------------------------
 
 
@@ -147,10 +159,20 @@ def test_more_than_ten_clients_evaluate_with_ten(tmp_path: Path):
     assert sorted(evaluated, key=int) == [str(number) for number in range(10) for _ in range(2)]
 
 
+def test_all_sites_evaluate_for_each_has_texts_of_its_own(tmp_path: Path):
+    exchange = make_exchange(12, lasting=True)
+    run(tmp_path, exchange, clients=12, rounds=1)
+    assert (
+        sorted({name for kind, name in exchange.asked if kind == "evaluate"}, key=int) == exchange.clients()
+    )
+    assert read_history(tmp_path)[1]["eval_examples"] == 10 * 8 + 2 * 9
+
+
 @pytest.mark.parametrize("asked", [{"own_scores": True}, {"personal": "head"}])
 def test_own_scores_of_all_clients(tmp_path: Path, asked: dict[str, Any]):
     """Client 5 n has no texts of its own: it is left out of the mean."""
-    exchange = make_exchange(13)
+    members = [QuietClient(str(number)) for number in range(13)]
+    exchange = FakeExchange(members)
     summary = run(tmp_path, exchange, clients=13, rounds=1, **asked)
     assert sum(kind == "evaluate" for kind, _ in exchange.asked) == 26
     expected = {str(name): 1 / (name % 5) for name in range(13) if name % 5}
@@ -161,7 +183,7 @@ def test_own_scores_of_all_clients(tmp_path: Path, asked: dict[str, Any]):
     mean, spread = record["own_mean"], record["own_std"]
     told = {name: value for name, value in summary["score"].items() if name.startswith("own")}
     assert told == {"own_mean": mean, "own_std": spread, "own_last3": pytest.approx(mean)}
-    again = run(tmp_path / "again", make_exchange(13), clients=13, rounds=1)
+    again = run(tmp_path / "again", FakeExchange(members), clients=13, rounds=1)
     assert again["score"] == {name: value for name, value in summary["score"].items() if name not in told}
 
 
@@ -178,7 +200,7 @@ def test_own_scores_that_nobody_can_have_are_told_before_training(tmp_path: Path
 
 
 def test_late_clients_train_once_the_bank_is_frozen(tmp_path: Path):
-    exchange = make_exchange(5)
+    exchange = FakeExchange([QuietClient(name) for name in "01234"])
     options = {"freeze_bank": 10, "late_clients": 2, "own_scores": True}
     summary = run(tmp_path, exchange, rounds=20, eval_every=20, **options)
     assert summary["score"]["own_late"] == pytest.approx((1 / 3 + 1 / 4) / 2)
@@ -801,18 +823,6 @@ def test_a_poisoned_client_cannot_wreck_the_bank(tmp_path: Path):
     median, largest = record["norms"]["bank"]
     assert largest > 100 * median
     assert record["replies"] == 5
-
-
-class QuietClient(FakeClient):
-    """Leaves alone what is frozen, or the head and the logits where they are its own."""
-
-    def train(self, state: State, request: Request) -> Reply:
-        reply = super().train(state, request)
-        update = decode_update(reply.blob, self.blueprint, state)
-        silent = str(request.config.get("frozen", "head,logits"))
-        dense = {name: change * np.float32(name not in silent) for name, change in update.dense.items()}
-        topk = state.topk if "logits" in silent else update.topk
-        return replace(reply, blob=encode_update(replace(update, dense=dense, topk=topk), self.blueprint))
 
 
 @pytest.mark.parametrize(
