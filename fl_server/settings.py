@@ -135,9 +135,9 @@ class ServerSettings:
         return self.own_scores or self.personal != "none"
 
     def eligible(self, clients: Sequence[str], number: int) -> Sequence[str]:
-        """Those of the run's clients that a round may draw from."""
+        """Those of the run's clients that a round may draw from; none where all that came are late ones."""
         late = self.late_clients if number <= self.freeze_bank else 0
-        return clients[: len(clients) - late]
+        return clients[: max(0, len(clients) - late)]
 
     def lr_scale(self, number: int) -> float:
         """What learning rates are multiplied with in a round, counted from 1: above 0, at most 1."""

@@ -38,8 +38,14 @@ def train_round(run: Run, reference: Broadcast, record: Record) -> None:
     """
     number, settings = record["round"], run.settings
     run.attendance.new_round()
+    eligible = settings.eligible(run.clients, number)
+    if len(eligible) < settings.quorum:  # waiting cannot help: a run's clients are known from its start
+        raise RunError(
+            f"round {number}: {len(run.clients)} clients take part, {settings.late_clients} of them late, "
+            f"quorum is {settings.quorum}; bring more clients and go on with --resume, or lower late-clients"
+        )
     while True:
-        there = run.attendance.gather(settings.eligible(run.clients, number), number)
+        there = run.attendance.gather(eligible, number)
         names = sample_clients(there, settings.clients_per_round, settings.seed, number)
         harvest = Harvest(reference.state, run.task.blueprint, settings.clip_updates, settings.logit_mean)
         faults = _collect(run, reference, names, harvest, record)

@@ -68,6 +68,12 @@ def test_logits_rest_between_their_rounds():
     assert [third.frozen(number) for number in range(1, 6)] == ["", "logits", "logits", "", "logits"]
 
 
+def test_late_clients_are_not_drawn_however_few_came():
+    late = ServerSettings(clients=10, clients_per_round=5, freeze_bank=3, late_clients=5)
+    assert [list(late.eligible(list("abcdefg")[:came], 3)) for came in (3, 5, 7)] == [[], [], ["a", "b"]]
+    assert late.eligible("abc", 4) == "abc"
+
+
 def test_what_is_frozen_or_personal_is_silent():
     plain = ServerSettings(logits_every=2, freeze_bank=3)
     assert [plain.silent(number) for number in (1, 2, 4)] == [set(), {"logits"}, {"bank"}]
