@@ -12,7 +12,7 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fl_server.config_file import require_same_config, save_config
+from fl_server.config_file import require_same_config
 from fl_server.events import EventLog, Several
 from fl_server.exchange import Kind, Reply, Request, client_order, one_line
 from fl_server.history import History
@@ -57,12 +57,11 @@ def main(grid: Grid, context: Context) -> None:
         History(out).check(settings.resume)  # before anyone loads a model for nothing
         if settings.resume:
             require_same_config(out, context.run_config)
-        save_config(out, context.run_config)
         observer = Several(own or LogObserver(log), EventLog(out))
         # A run that goes on may do so without a site that never comes back; a new one needs all.
         least = settings.quorum if settings.resume else settings.clients
         exchange = GridExchange.meet(grid, settings.clients, settings.wait_seconds, observer, least)
-        run_rounds(exchange, settings, observer)
+        run_rounds(exchange, settings, observer, context.run_config)
         plot_score([out], out / "score.png")
     except (FedVBError, OSError) as error:  # a full disk, a folder that cannot be written to
         if own is None:  # else who brought it tells

@@ -72,6 +72,7 @@ class EventLog:
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": time, "event": event, **values}, allow_nan=False)
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)  # a run may wait before it has begun
             with self._path.open("ab", buffering=0) as file:
                 file.write(line.encode() + b"\n")
         except OSError as error:

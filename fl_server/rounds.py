@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from fl_server.asking import Run
 from fl_server.attendance import Attendance
 from fl_server.broadcast import Broadcast
 from fl_server.checkpoint import load_newest, require_same, restore, save_checkpoint
-from fl_server.exchange import Exchange
+from fl_server.config_file import save_config
+from fl_server.exchange import Exchange, Scalar
 from fl_server.handshake import Task, describe, meet, name_faults, with_start
 from fl_server.history import History, blank_record, summarise
 from fl_server.observer import LogObserver, Observer
@@ -35,9 +37,18 @@ __all__ = ["run_rounds"]
 
 
 def run_rounds(
-    exchange: Exchange, settings: ServerSettings, observer: Observer | None = None
+    exchange: Exchange,
+    settings: ServerSettings,
+    observer: Observer | None = None,
+    config: Mapping[str, Scalar] | None = None,
 ) -> dict[str, Any]:
     """Train for `settings.rounds` rounds, or go on where a run stopped.
+
+    Args:
+        exchange: reaches the clients.
+        settings: of the run.
+        observer: told what happens; None logs it.
+        config: kept in the run's directory, to go on with; written once nothing refuses the run any more.
 
     Returns:
         The content of `summary.json`.
@@ -63,10 +74,10 @@ def run_rounds(
 
     # Step 2: the state to go on from. Round 0 trains nothing: it evaluates the state that the seed gives, or
     # the adapter that the run goes on from.
-    if settings.resume:
-        state = _resume(task, settings, history)
-    else:
-        state = initial(task.blueprint)
+    state = _resume(task, settings, history) if settings.resume else initial(task.blueprint)
+    if config is not None:
+        save_config(out, config)
+    if not settings.resume:  # from here on there is a run
         history.create()
     reference = Broadcast(task.blueprint, settings.wire, state)
     name = (restore(out, state, reference) if settings.resume else "") or secrets.token_hex(8)

@@ -41,7 +41,7 @@ def train_round(run: Run, reference: Broadcast, record: Record) -> None:
     eligible = settings.eligible(run.clients, number)
     if len(eligible) < settings.quorum:  # waiting cannot help: a run's clients are known from its start
         raise RunError(
-            f"round {number}: {len(run.clients)} clients take part, {settings.late_clients} of them late, "
+            f"round {number}: {len(run.clients)} clients take part, the last {settings.late_clients} later, "
             f"quorum is {settings.quorum}; bring more clients and go on with --resume, or lower late-clients"
         )
     while True:

@@ -212,7 +212,7 @@ def test_late_clients_train_once_the_bank_is_frozen(tmp_path: Path):
 def test_a_round_that_only_late_clients_came_for_is_not_waited_for(tmp_path: Path, no_sleep: list[float]):
     options = {"clients": 10, "clients_per_round": 5, "freeze_bank": 3, "late_clients": 5}
     with pytest.raises(
-        RunError, match="round 1: 3 clients take part, 5 of them late, quorum is 1; bring more"
+        RunError, match="round 1: 3 clients take part, the last 5 later, quorum is 1; bring more"
     ):
         run(tmp_path, make_exchange(3, lasting=True), **options)
     assert no_sleep == []

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 
 from fl_client.app import handle
 from fl_server.app import GridExchange, app
+from fl_server.config_file import read_config
 from fl_server.exchange import Reply, Request
 from fl_server.rounds import run_rounds
 from simulations.grid import InProcessGrid, one_by_one, run_server_app
@@ -130,6 +131,24 @@ def test_a_taken_place_is_refused_before_anyone_is_asked(tmp_path: Path):
     (tmp_path / "history.jsonl").touch()
     with pytest.raises(RunError, match="taken by a run"):
         run_server_app(app, InProcessGrid(never, 5), run_config(tmp_path))
+
+
+def test_a_run_that_is_refused_leaves_nothing(tmp_path: Path):
+    config = run_config(tmp_path / "run") | {"start": "elsewhere"}
+    with pytest.raises(RunError, match="the server goes on from elsewhere, the clients from the seed"):
+        run_server_app(app, InProcessGrid(one_by_one(fake_client_app()), 5, config), config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_cannot_be_resumed_keeps_its_config(tmp_path: Path):
+    config = run_config(tmp_path, rounds=2)
+    run_server_app(app, InProcessGrid(one_by_one(fake_client_app()), 5, config), config)
+    kept = read_config(tmp_path)
+    assert kept == {key: value for key, value in config.items() if key not in ("out", "resume")}
+    shorter = config | {"rounds": 1, "resume": True}
+    with pytest.raises(RunError, match="the run has finished round 2, but rounds is 1"):
+        run_server_app(app, InProcessGrid(one_by_one(fake_client_app()), 5, config), shorter)
+    assert read_config(tmp_path) == kept
 
 
 def test_observer_of_the_grid_is_told(tmp_path: Path):

@@ -192,12 +192,13 @@ def test_answers_at_the_end_are_scored(fedvb: Run, assets: Path, tmp_path: Path)
     assert [record["texts"] for record in read_history(tmp_path / "run")] == [{}, {}, texts]
 
 
-def test_answers_need_prompts(fedvb: Run, small: list[str]):
+def test_answers_need_prompts(fedvb: Run, small: list[str], tmp_path: Path):
     pytest.importorskip("sacrebleu")
     pytest.importorskip("torchmetrics")
     shown = fedvb("simulate", *small, "--eval-generate", "5", "--out", "run")
     assert shown.code == 2
     assert "eval-generate: the held-out texts have no prompts to answer" in shown.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_causal_lm_on_plain_text(fedvb: Run, assets: Path, tmp_path: Path):
