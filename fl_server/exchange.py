@@ -57,9 +57,7 @@ class Exchange(Protocol):
         """Names of all clients, in `client_order`."""
         ...
 
-    lasting: (
-        bool  # whether clients are elsewhere: late, gone and back again, with held-out texts of their own
-    )
+    lasting: bool  # whether clients are sites: late, gone and back again, with held-out texts of their own
 
     def present(self) -> list[str]:
         """Names of those that can be reached now, in any order."""
