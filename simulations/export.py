@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,7 @@ from vblora.errors import ExportError, ModelError, RunError
 from vblora.imports import hold_start
 from vblora.merge import composed_rows, merge
 from vblora.model import describe_base
-from vblora.peft_files import export_lora, export_peft
+from vblora.peft_files import PEFT_FILES, export_lora, export_peft
 from vblora.spec import Blueprint
 from vblora.state import State
 
@@ -84,7 +83,7 @@ def export_run(
 
     Args:
         run: its directory.
-        out: folder to write; nothing stands there yet, or an earlier export.
+        out: folder to write, new or empty; an earlier export of an adapter gives way to another.
         format: "peft", the kind that PEFT knows the adapter by; "lora", plain factors; "merged", a whole
             model with tokenizer and labels.
         form: of adapters with a bank in PEFT's format: "full" dense logits, or "topk".
@@ -93,26 +92,34 @@ def export_run(
 
     Raises:
         RunError: no run there, nothing saved yet, or no such client.
-        ExportError: the format cannot express the adapter.
+        ExportError: the format cannot express the adapter, or something else is in the folder.
         ModelError: the base is missing or another than the adapter was trained on.
     """
     found = load_trained(run, model, client)
-    state, blueprint = found.state, found.blueprint
-    what = f"{blueprint.spec.kind} adapter"
+    blueprint = found.blueprint
     if format == "merged":
-        _export_merged(found, out)
-        return Exported(f"{what}, merged into {found.model},", state.version)
-    base = find_model(found.model)
-    if format == "lora":
+        with _whole_folder(out) as folder:
+            _write_merged(found, folder)
+        how = f", merged into {found.model},"
+    else:
+        with _whole_folder(out, PEFT_FILES) as folder:
+            _write_adapter(found, folder, as_lora=format == "lora", form=form)
+        kept = form if hasattr(blueprint.spec, "topk") else "factors"
+        how = " (as LoRA)" if format == "lora" else f" ({kept})"
+    return Exported(f"{blueprint.spec.kind} adapter{how}", found.state.version)
+
+
+def _write_adapter(found: Trained, folder: Path, *, as_lora: bool, form: Literal["full", "topk"]) -> None:
+    state, blueprint, base = found.state, found.blueprint, find_model(found.model)
+    if as_lora:
         dense = _load(found).model if blueprint.spec.kind == "lora-xs" else None
         rows = composed_rows(state, blueprint, dense).numpy()
-        export_lora(rows, state, blueprint, out, base=base)
-        return Exported(f"{what} (as LoRA)", state.version)
-    export_peft(state, blueprint, out, base=base, form=form)
-    return Exported(f"{what} ({form if hasattr(blueprint.spec, 'topk') else 'factors'})", state.version)
+        export_lora(rows, state, blueprint, folder, base=base)
+    else:
+        export_peft(state, blueprint, folder, base=base, form=form)
 
 
-def _export_merged(found: Trained, out: Path) -> None:
+def _write_merged(found: Trained, folder: Path) -> None:
     blueprint = found.blueprint
     loaded = _load(found)
     model: Any = loaded.model
@@ -125,7 +132,7 @@ def _export_merged(found: Trained, out: Path) -> None:
         "adapter": blueprint.fingerprint.hex(),
         "round": found.state.version,
     }
-    with _whole_folder(out) as folder, quiet():
+    with quiet():
         model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
 
@@ -159,23 +166,37 @@ def require_same_base(base: torch.nn.Module, found: Trained) -> None:
 
 
 @contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
+def _whole_folder(out: Path, earlier: Collection[str] = ()) -> Iterator[Path]:
     """A folder that appears as `out` when all is written, or not at all.
 
+    Args:
+        out: what is there is kept where writing fails.
+        earlier: names of files that may be there, and give way.
+
     Raises:
-        ExportError: something is there already.
+        ExportError: something else is there already.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"--out: {out} is not empty, expected a folder that is new or empty")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}."))
-    try:
+    place = out.resolve()  # not a link to it
+    if place.exists() and not place.is_dir():
+        raise ExportError(f"--out: {out} is a file, expected a folder")
+    there = sorted(path.name for path in place.iterdir()) if place.exists() else []
+    if others := [name for name in there if name not in earlier]:
+        allowed = ", or that holds an earlier export of an adapter" if earlier else ""
+        raise ExportError(f"--out: {out} holds {others[0]}, expected a folder that is new or empty{allowed}")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{place.name}."
+    with TemporaryDirectory(dir=place.parent, prefix=prefix, ignore_cleanup_errors=True) as beside:
+        folder, gone = Path(beside, "new"), Path(beside, "earlier")
+        folder.mkdir()
         yield folder
-        folder.chmod(0o755)
-        folder.replace(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        try:
+            if there:  # a folder does not replace one that holds something
+                place.replace(gone)
+            folder.replace(place)
+        except BaseException:
+            if gone.exists():
+                gone.replace(place)
+            raise
 
 
 def client_state(run: Path, state: State, client: int) -> State:

@@ -30,10 +30,12 @@ from vblora.spec import (
 from vblora.start import chosen_vectors, order_of
 from vblora.state import State, lora_rows, mixture_weights, theta_places
 
-__all__ = ["dense_logits", "export_lora", "export_peft"]
+__all__ = ["PEFT_FILES", "dense_logits", "export_lora", "export_peft"]
 
 PREFIX = "base_model.model."
 FORMAT = "fedvb-export-1"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_FILES = frozenset({CONFIG, WEIGHTS})  # all that an export consists of
 CONV1D_MODELS = ("gpt2-", "openai-gpt-")  # their weights are stored transposed; PEFT warns unless told
 Arrays = dict[str, NDArray[Any]]
 
@@ -123,8 +125,8 @@ def _write(
         "adapter": blueprint.fingerprint.hex(),
         "round": str(state.version),
     }
-    write_atomic(directory / "adapter_model.safetensors", safetensors_bytes(tensors, about))
-    write_atomic(directory / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_atomic(directory / WEIGHTS, safetensors_bytes(tensors, about))
+    write_atomic(directory / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return directory
 
 

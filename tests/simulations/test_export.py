@@ -11,13 +11,14 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import vblora.peft_files
 from fl_client.opening import open_site
 from fl_client.settings import SiteSettings
 from simulations.config import load_config
 from simulations.simulate import simulate
 from tests.simulations.conftest import Run, small_config
 from vblora.adapters import ADAPTERS
-from vblora.files import load_state
+from vblora.files import load_state, write_atomic
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[peft]'")
 
@@ -160,13 +161,47 @@ def test_a_base_of_four_bits(fedvb: Run, small: list[str], tiny_bert: Path, tmp_
     assert "quantize is '2bit', expected one of none, 4bit, 8bit" in told.err
 
 
-def test_a_folder_with_something_in_it_is_left_alone(fedvb: Run, finished: Path, tmp_path: Path):
+@pytest.mark.parametrize("format", ["peft", "lora", "merged"])
+def test_a_folder_with_something_in_it_is_left_alone(fedvb: Run, finished: Path, tmp_path: Path, format: str):
+    """Among a model's files an adapter would be put on top of it when it is loaded."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "mine").write_text("x")
-    told = fedvb("export", finished, "--format", "merged", "--out", "model")
-    assert told.code == 2
-    assert told.err == "fedvb: --out: model is not empty, expected a folder that is new or empty\n"
-    assert [path.name for path in tmp_path.rglob("*")] == ["model", "mine"]
+    (tmp_path / "model" / "config.json").write_text("{}")
+    told = fedvb("export", finished, "--format", format, "--out", "model")
+    assert (told.code, told.err.count("\n")) == (2, 1)
+    assert "--out: model holds config.json, expected a folder that is new or empty" in told.err
+    (tmp_path / "file").write_text("mine")
+    told = fedvb("export", finished, "--format", format, "--out", "file")
+    assert (told.code, told.err) == (2, "fedvb: --out: file is a file, expected a folder\n")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "file", "model"]
+
+
+def test_an_earlier_export_is_exchanged_whole(
+    fedvb: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def content() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+
+    out = ("--out", "link")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "link").symlink_to("adapter")
+    assert fedvb("export", finished, *out).code == 0
+    before = content()
+    assert set(before) == {"adapter_config.json", "adapter_model.safetensors"}
+
+    def write(path: Path, data: bytes | str) -> None:
+        if path.name == "adapter_config.json":
+            raise OSError("disk full")
+        write_atomic(path, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vblora.peft_files, "write_atomic", write)
+        assert fedvb("export", finished, "--format", "lora", *out).err == "fedvb: disk full\n"
+    assert content() == before
+    assert fedvb("export", finished, "--format", "lora", *out).code == 0
+    assert all(content()[name] != before[name] for name in before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "link"]
+    told = fedvb("export", finished, "--format", "merged", *out)
+    assert "link holds adapter_config.json, expected a folder that is new or empty\n" in told.err
 
 
 def test_another_base_is_refused(fedvb: Run, finished: Path, minilm: Path, tmp_path: Path):
