@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any
 
 import torch
 
@@ -33,6 +34,7 @@ __all__ = ["Helpers", "Workers", "count_workers"]
 
 Piece = list[Question]
 Answers = Callable[[Sequence[Question]], Iterator[Answer]]
+Ready = queue.SimpleQueue[Answer | BaseException | None]
 
 PATIENCE = 5.0  # seconds for a process to end by itself
 
@@ -62,13 +64,14 @@ class Helpers:
         context = get_context("spawn")  # a forked CUDA or OpenMP runtime does not work
         self._connections: list[Connection] = []
         self._processes = []
-        for opener in openers:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, opener), daemon=True)
-            process.start()
-            theirs.close()
-            self._connections.append(ours)
-            self._processes.append(process)
+        with _interrupts_ignored():  # by what starts here: a terminal sends Ctrl-C to all, and we end them
+            for opener in openers:
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, opener), daemon=True)
+                process.start()
+                theirs.close()
+                self._connections.append(ours)
+                self._processes.append(process)
 
     def close(self) -> None:
         """End the processes."""
@@ -76,31 +79,43 @@ class Helpers:
             connection.close()  # who is idle goes home at once, with all that it has opened
         for process in self._processes:
             process.join(PATIENCE)
+        self.terminate()
+
+    def terminate(self) -> None:
+        """End the processes, whatever they are at."""
+        for process in self._processes:
             process.terminate()
+        for process in self._processes:
             process.join()
 
     def answer(self, own: Answers, pieces: Iterable[Piece]) -> Iterator[Answer]:
         """Answers as they are ready, in any order; `own` is this process's way to them.
 
+        An error that concerns the run, not a client, ends the processes.
+
         Raises:
             RunError: a process died.
         """
         left = deque(pieces)
-        ready: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
+        ready: Ready = queue.SimpleQueue()
         feeders = [
             threading.Thread(target=_feed, args=(connection, left, ready), daemon=True)
             for connection in self._connections
         ]
         for feeder in feeders:
             feeder.start()
+        through = 0
         try:
             while piece := _take(left):
                 for found in own(piece):
                     yield found
-                    yield from _taken(ready)
-            for feeder in feeders:
-                feeder.join()
-            yield from _taken(ready)
+                    through += yield from _taken(ready)
+            while through < len(feeders):
+                through += yield from _taken(ready, wait=True)
+        except BaseException as error:
+            if not isinstance(error, GeneratorExit) and not _concerns_a_client(error):
+                self.terminate()
+            raise
         finally:  # after an error too: no answer to these questions may reach the next caller
             left.clear()
             for feeder in feeders:
@@ -132,6 +147,8 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._helpers.terminate()
         self._helpers.close()
 
     def answer(self, questions: Sequence[Question], on_step: OnStep | None = None) -> Iterator[Answer]:
@@ -174,8 +191,8 @@ def _take(pieces: deque[Piece]) -> Piece:
         return []
 
 
-def _feed(connection: Connection, pieces: deque[Piece], ready: queue.SimpleQueue[Any]) -> None:
-    """Give pieces to one process until none is left. Runs in a thread."""
+def _feed(connection: Connection, pieces: deque[Piece], ready: Ready) -> None:
+    """Give pieces to one process until none is left, then say so with None. Runs in a thread."""
     try:
         while piece := _take(pieces):
             connection.send(piece)
@@ -184,15 +201,50 @@ def _feed(connection: Connection, pieces: deque[Piece], ready: queue.SimpleQueue
     except (EOFError, OSError) as error:
         advice = "go on with --resume, with fewer --workers if memory was short"
         ready.put(RunError(f"a worker process died ({type(error).__name__}); {advice}"))
+    except Exception as error:  # what is sent cannot be pickled, say
+        ready.put(error)
+    finally:
+        ready.put(None)
 
 
-def _taken(ready: queue.SimpleQueue[Answer | BaseException]) -> Iterator[Answer]:
-    """What the others have answered so far; raises what they raised."""
-    while not ready.empty():
+def _taken(ready: Ready, wait: bool = False) -> Generator[Answer, None, int]:
+    """What the others have answered so far, or with `wait` at least one thing that they say.
+
+    Returns:
+        How many of them are through.
+
+    Raises:
+        BaseException: what they raised.
+    """
+    through = 0
+    while wait or not ready.empty():
+        wait = False
         found = ready.get()
         if isinstance(found, BaseException):
             raise found
-        yield found
+        if found is None:
+            through += 1
+        else:
+            yield found
+    return through
+
+
+def _concerns_a_client(error: BaseException) -> bool:
+    """See `InProcessGrid`: the others are asked again then."""
+    return isinstance(error, FedVBError) and not isinstance(error, RunError)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ctrl-C does nothing, here and in processes started meanwhile. Only the main thread can see to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _site_answers(settings: SiteSettings, threads: int) -> Answers:
@@ -202,7 +254,8 @@ def _site_answers(settings: SiteSettings, threads: int) -> Answers:
 
 
 def _serve(connection: Connection, opener: Callable[[], Answers]) -> None:
-    """The life of a helper process: answer piece after piece."""
+    """The life of a helper process: answer piece after piece. Who started it acts on interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         while True:
             piece: Piece = connection.recv()
@@ -214,5 +267,5 @@ def _serve(connection: Connection, opener: Callable[[], Answers]) -> None:
             except Exception:
                 connection.send(RunError(f"a worker process failed: {traceback.format_exc(limit=-3)}"))
             connection.send(None)  # the piece is done
-    except (EOFError, OSError, KeyboardInterrupt):
+    except (EOFError, OSError):
         return  # the simulation has ended

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
@@ -15,12 +20,12 @@ import torch
 
 from fl_client.cohort import ON_CPU
 from fl_client.opening import open_site
-from fl_client.serve import Question
+from fl_client.serve import Answer, Question
 from fl_client.settings import SiteSettings
 from fl_client.site import Site
 from fl_server.observer import LogObserver
 from simulations.simulate import simulate
-from simulations.workers import Workers, count_workers
+from simulations.workers import PATIENCE, Answers, Helpers, Workers, count_workers
 from tests.fl_client.sites import make_site
 from tests.simulations.conftest import read_history, small_config
 from vblora.errors import ConfigError, RunError, WireError
@@ -124,6 +129,108 @@ def test_what_is_left_after_an_error_or_a_break_reaches_nobody(pool: Workers):
         next(iter(stopped))
         stopped.close()  # type: ignore[attr-defined]
         trained(pool, [7, 1, 0])
+
+
+# --- Errors that end a run ------------------------------------------------------------
+
+LONG = 200.0  # seconds, which nobody should wait for
+QUESTION = Question(0, "train")
+
+
+def asleep(piece: Sequence[Question]) -> Iterator[Answer]:
+    time.sleep(LONG)
+    yield Answer(0)
+
+
+def killed(piece: Sequence[Question]) -> Iterator[Answer]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield Answer(0)
+
+
+def idle(piece: Sequence[Question]) -> Iterator[Answer]:
+    time.sleep(1)  # leaves pieces to the others
+    yield Answer(0)
+
+
+def broken(piece: Sequence[Question]) -> Iterator[Answer]:
+    time.sleep(1)
+    raise RuntimeError("CUDA error")
+    yield Answer(0)
+
+
+def interrupted(piece: Sequence[Question]) -> Iterator[Answer]:
+    time.sleep(1)
+    signal.raise_signal(signal.SIGINT)
+    yield Answer(0)
+
+
+def opened(way: Answers) -> Answers:
+    """What a helper's opener returns."""
+    return way
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "error", "told"),
+    [
+        (idle, [asleep, killed], RunError, "a worker process died"),
+        (broken, [asleep, asleep], RuntimeError, "CUDA error"),
+        (interrupted, [asleep], KeyboardInterrupt, None),
+    ],
+)
+def test_an_error_does_not_wait_for_those_who_are_busy(
+    own: Answers, theirs: list[Answers], error: type[BaseException], told: str | None
+):
+    started = time.monotonic()
+    with closing(Helpers([partial(opened, way) for way in theirs])) as helpers:
+        with pytest.raises(error, match=told):
+            list(helpers.answer(own, [[QUESTION]] * 3))
+        assert time.monotonic() - started < LONG
+        with pytest.raises(RunError, match="a worker process died"):
+            list(helpers.answer(idle, [[QUESTION]] * 3))
+    assert time.monotonic() - started < LONG
+
+
+def test_a_run_that_ends_in_an_error_does_not_wait_either():
+    workers = Workers.__new__(Workers)
+    workers._helpers = Helpers([partial(opened, asleep)] * 2)
+    started = time.monotonic()
+    answers = workers._helpers.answer(idle, [[QUESTION]] * 3)
+    next(answers)
+    workers.__exit__(KeyError, KeyError("in the server's part of the round"), None)
+    assert time.monotonic() - started < PATIENCE
+    answers.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - started < LONG
+
+
+def test_what_cannot_be_sent_to_a_helper_comes_out():
+    with closing(Helpers([partial(opened, idle)])) as helpers, pytest.raises(AttributeError, match="pickle"):
+        list(helpers.answer(idle, [[lambda: None]] * 3))  # type: ignore[list-item]
+
+
+STARTING = """
+import time
+from simulations.workers import Helpers
+
+helpers = Helpers([print] * 2)
+try:
+    print("started", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    helpers.close()
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_while_helpers_start_is_silent():
+    """A terminal sends it to all of them."""
+    command = [sys.executable, "-c", STARTING]
+    with Popen(command, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "started\n"
+        time.sleep(1)  # they import
+        os.killpg(started.pid, signal.SIGINT)
+        out, err = started.communicate(timeout=60)
+    assert (started.returncode, out, err) == (0, "interrupted\n", "")
 
 
 # --- Runs ----------------------------------------------------------------------------
