@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["ON_CPU", "CohortSizer"]
+__all__ = ["ON_CPU", "CohortSizer", "out_of_memory"]
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class CohortSizer:
         try:
             return work(group) if self._size else self._measured(group, work)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if len(group) == 1 or not _out_of_memory(error):
+            if len(group) == 1 or not out_of_memory(error):
                 raise
             return None
 
@@ -93,8 +93,8 @@ class CohortSizer:
         return results
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Of the device's allocator, the CPU's, or a library's."""
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says so: of the device's allocator, the CPU's, or a library's."""
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 

@@ -23,7 +23,7 @@ from types import TracebackType
 
 import torch
 
-from fl_client.cohort import ON_CPU
+from fl_client.cohort import ON_CPU, out_of_memory
 from fl_client.opening import open_site
 from fl_client.serve import Answer, Question, answer
 from fl_client.settings import SiteSettings
@@ -37,6 +37,11 @@ Answers = Callable[[Sequence[Question]], Iterator[Answer]]
 Ready = queue.SimpleQueue[Answer | BaseException | None]
 
 PATIENCE = 5.0  # seconds for a process to end by itself
+ROOM = (
+    "with one client: lower --batch-size or --max-length, raise --accumulate, "
+    "or try --checkpointing, --recompute"
+)
+ROOM_TO_EVALUATE = "in evaluation: lower --max-length, or try --dtype bfloat16, --quantize"
 
 
 def count_workers(asked: int, device: torch.device) -> int:
@@ -152,8 +157,12 @@ class Workers:
         self._helpers.close()
 
     def answer(self, questions: Sequence[Question], on_step: OnStep | None = None) -> Iterator[Answer]:
-        """As `fl_client.serve.answer`; answers come as they are ready, in any order."""
-        own = partial(answer, self._site, on_step=on_step)
+        """As `fl_client.serve.answer`; answers come as they are ready, in any order.
+
+        Raises:
+            RunError: a process died, or there is no memory for a single client.
+        """
+        own = partial(_answered, self._site, on_step=on_step)
         if self._count == 1 or not questions or questions[0].kind in ("hello", "describe"):
             return own(questions)
         return self._helpers.answer(own, self._pieces(questions))
@@ -250,7 +259,18 @@ def _interrupts_ignored() -> Iterator[None]:
 def _site_answers(settings: SiteSettings, threads: int) -> Answers:
     """How a helper of a site answers: the site is opened when first asked, and kept."""
     torch.set_num_threads(threads)
-    return partial(answer, open_site(settings))
+    return partial(_answered, open_site(settings))
+
+
+def _answered(site: Site, questions: Sequence[Question], on_step: OnStep | None = None) -> Iterator[Answer]:
+    """As `fl_client.serve.answer`, and where memory is short it says what to do."""
+    try:
+        yield from answer(site, questions, on_step)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        advice = ROOM if questions[0].kind == "train" else ROOM_TO_EVALUATE
+        raise RunError(f"out of memory {advice}") from error
 
 
 def _serve(connection: Connection, opener: Callable[[], Answers]) -> None:

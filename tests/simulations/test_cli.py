@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import fl_client.site
 from fl_server.config_file import CONFIG_FILE, read_config
 from tests.simulations.conftest import Outcome, Run, read_history
 
@@ -259,6 +262,30 @@ def test_bad_input_in_a_process_of_its_own(small: list[str], tmp_path: Path):
     command = [sys.executable, "-m", "simulations.cli", "simulate", *small, "--out", str(out), "--topk", "99"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     refused(Outcome(done.returncode, done.stdout, done.stderr), out)
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (
+            "train_cohort",
+            "out of memory with one client: lower --batch-size or --max-length, raise --accumulate, or try "
+            "--checkpointing, --recompute",
+        ),
+        ("evaluate", "out of memory in evaluation: lower --max-length, or try --dtype bfloat16, --quantize"),
+    ],
+)
+def test_what_does_not_fit_in_memory(
+    fedvb: Run, small: list[str], monkeypatch: pytest.MonkeyPatch, function: str, told: str
+):
+    def tight(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(fl_client.site, function, tight)
+    shown = fedvb("simulate", *small, "--out", "run")
+    assert (shown.code, shown.err) == (2, f"fedvb: {told}\n")
+    options = {word.strip(":,") for word in told.split() if word.startswith("--")}
+    assert options <= set(fedvb("simulate", "--help").out.split())
 
 
 # --- What is printed ------------------------------------------------------------------------------
