@@ -56,6 +56,13 @@ class Form(StrEnum):
     topk = "topk"
 
 
+class Template(StrEnum):
+    """Whether prompts go through the tokenizer's chat template."""
+
+    auto = "auto"
+    off = "off"
+
+
 @app.callback(invoke_without_command=True)
 def fedvb(context: typer.Context) -> None:
     """Federated VB-LoRA: fine-tune one language model on the private text of many clients."""
@@ -148,8 +155,9 @@ def predict(
         bool, typer.Option("--json", help="A JSON object a line, with the text and all of the answer.")
     ] = False,
     template: Annotated[
-        str, typer.Option(help="Prompts through the tokenizer's chat template: auto (as in the run), off.")
-    ] = "auto",
+        Template,
+        typer.Option(help="Prompts through the tokenizer's chat template: auto (as in the run), off."),
+    ] = Template.auto,
     client: Annotated[
         int | None,
         typer.Option(metavar="INTEGER", help="As this client, with what it keeps for itself (--personal)."),
@@ -174,7 +182,7 @@ def predict(
     from simulations.predict import Answerer, lines
 
     found = load_trained(run, model, client)
-    off = "off" in (template, found.config["chat-template"])
+    off = "off" in (template.value, found.config["chat-template"])
     answerer = Answerer(found, device, dtype, template=not off)
     for answer in answerer.answer(lines(texts or [], file), new_tokens):
         print(json.dumps(asdict(answer), ensure_ascii=False) if as_json else answer.line, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 
@@ -131,16 +132,25 @@ def lines(given: Sequence[str], file: Path | None) -> Iterator[str]:
 
     Raises:
         ConfigError: both are given.
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or something is not UTF-8.
     """
     if given and file is not None:
         raise ConfigError("predict: texts are given and --file too; choose one")
     if given:
-        yield from given
+        for number, text in enumerate(given, 1):
+            if any("\ud800" <= sign <= "\udfff" for sign in text):  # how Python keeps bytes that are no text
+                raise DataError(f"predict: text {number} holds bytes that are not UTF-8")
+            yield text
         return
     try:
-        with sys.stdin if file is None else file.open(encoding="utf-8") as stream:
+        with _utf8(file) as stream:
             for line in stream:
                 yield line.rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--file: {file} cannot be read ({error})") from error
+        source = "standard input" if file is None else f"--file: {file}"
+        raise DataError(f"{source} cannot be read ({error})") from error
+
+
+def _utf8(file: Path | None) -> TextIOWrapper:
+    """A file, or standard input: as Python opens that, it may let through what is no text."""
+    return TextIOWrapper(sys.stdin.buffer, "utf-8") if file is None else file.open(encoding="utf-8")

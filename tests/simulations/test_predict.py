@@ -20,6 +20,11 @@ TEXTS = [
 ]
 
 
+def typed(content: bytes) -> io.TextIOWrapper:
+    """A standard input as Python opens it where the locale is C: bytes that are no text go through."""
+    return io.TextIOWrapper(io.BytesIO(content), "utf-8", "surrogateescape")
+
+
 @pytest.fixture
 def merged(fedvb: Run, finished: Path, tmp_path: Path) -> Path:
     """The finished run as a plain model."""
@@ -45,7 +50,7 @@ def test_labels_and_probabilities(fedvb: Run, finished: Path, merged: Path, tmp_
 
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n")
     assert fedvb("predict", finished, "--file", "texts.txt").out.splitlines() == wanted
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(TEXTS) + "\n"))
+    monkeypatch.setattr("sys.stdin", typed("\n".join(TEXTS).encode() + b"\n"))
     assert fedvb("predict", finished).out.splitlines() == wanted
 
 
@@ -105,9 +110,22 @@ def test_a_language_model_goes_on_as_its_merged_weights_do(fedvb: Run, assets: P
         (["--file", "nothing.txt"], "--file: nothing.txt cannot be read"),
         (["x", "--model", "nowhere/at/all"], "--model: nowhere/at/all is no folder"),
         (["x", "--client", "0"], "its clients keep nothing for themselves"),
+        (["x", "\udcff"], "predict: text 2 holds bytes that are not UTF-8"),
+        (["--file", "latin1.txt"], "--file: latin1.txt cannot be read ('utf-8' codec can't decode byte 0xe9"),
+        ([], "standard input cannot be read ('utf-8' codec can't decode byte 0xff in position 5"),
+        (["x", "--template", "foo"], "'--template': 'foo' is not one of 'auto', 'off'"),
     ],
 )
-def test_what_cannot_be_answered(fedvb: Run, finished: Path, arguments: list[str], told: str):
+def test_what_cannot_be_answered(
+    fedvb: Run,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    told: str,
+):
+    (tmp_path / "latin1.txt").write_bytes("café\n".encode("latin1"))
+    monkeypatch.setattr("sys.stdin", typed(b"text\n\xff\xfe\n"))
     found = fedvb("predict", finished, *arguments)
     assert (found.code, found.err.count("\n")) == (2, 1)
     assert told in found.err
