@@ -90,7 +90,7 @@ def check_config(config: Mapping[str, Any]) -> tuple[SiteSettings, ServerSetting
     if unknown := sorted(set(config) - set(default_config())):
         faults.append(f"unknown keys: {', '.join(unknown)}")
     if faults:
-        raise ConfigError("; ".join(faults))
+        raise ConfigError("; ".join(dict.fromkeys(faults)))  # both sides read the wire
     return parts[0], parts[1]
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
-
-from fl_client.app import Answers, handle
+from fl_client.app import handle
 from fl_client.opening import open_site
 from fl_client.site import OnStep, Site
 from fl_client.text_scores import require_libraries
@@ -63,7 +61,7 @@ def simulate(
     site = prepare(config)
     out = Path(str(config["out"]))
     with Workers(site, count_workers(int(config["workers"]), site.model.device)) as pool:
-        handle_all = partial(_handle, answers=partial(pool.answer, on_step=on_step))
+        handle_all = partial(handle, answers=partial(pool.answer, on_step=on_step))
         grid = InProcessGrid(handle_all, int(config["clients"]), config, observer)
         run_server_app(server_app, grid, config)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
@@ -132,7 +130,3 @@ def require_writable(out: Path) -> None:
         raise RunError(f"--out: {there} is a file, expected a directory that can be made or is a run")
     if not os.access(there, os.W_OK | os.X_OK):
         raise RunError(f"--out: {there} cannot be written to; choose another --out")
-
-
-def _handle(messages: list[Message], contexts: list[Context], *, answers: Answers) -> Iterator[Message]:
-    return handle(messages, contexts, answers)

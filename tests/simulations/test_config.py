@@ -79,6 +79,12 @@ def test_all_faults_of_all_parts_in_one_line():
         assert part in told
 
 
+def test_a_fault_that_both_sides_find_is_told_once():
+    with pytest.raises(ConfigError) as caught:
+        check_config(default_config() | {"wire-keep": 2.0})
+    assert str(caught.value) == "wire: keep is 2, expected above 0, at most 1"
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
