@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fl_client.hazards import HazardSettings
-from fl_client.partition import parse_partition
 from fl_client.personal import PersonalSettings
 from fl_client.settings import AdapterSettings, ComputeSettings, DataSettings, SiteSettings, from_config
 from fl_client.train import LocalSettings
@@ -74,6 +73,8 @@ def check_config(config: Mapping[str, Any]) -> tuple[SiteSettings, ServerSetting
     Raises:
         ConfigError: all faults of all parts, in one line.
     """
+    from fl_client.partition import parse_partition  # the data libraries are needed here alone
+
     faults = []
     parts: list[Any] = []
     checks = (

@@ -23,6 +23,7 @@ import torch
 from simulations.bench.steps import measure_shape
 from simulations.bench.tables import print_table
 from simulations.bench.timing import describe_machine
+from vblora.files import write_atomic
 
 __all__ = ["PARTS", "main", "run"]
 
@@ -67,7 +68,7 @@ def run(
         except ImportError as error:
             print(f"{part}: left out ({error})")
         if target is not None:
-            target.write_text(json.dumps(found, indent=2) + "\n")
+            write_atomic(target, json.dumps(found, indent=2) + "\n")
     return found
 
 

@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,23 +36,56 @@ from fl_server.plot import read_history
 from fl_server.rounds import run_rounds
 from fl_server.settings import ServerSettings
 from simulations.bench.origin import commit_of_code, read_results, retold_commands, with_rates
+from simulations.bench.pool import in_processes
 from simulations.bench.rivals import comparisons, tables
 from simulations.compare.results import trace
+from simulations.config import default_config
 from simulations.direct import DirectExchange
-from vblora.errors import FedVBError
+from vblora.errors import FedVBError, RunError
+from vblora.files import write_atomic
 from vblora.versions import installed_versions
 
 __all__ = ["main", "read_study", "run_one", "table", "texts_file"]
 
 Config = dict[str, Any]
 
+STUDY = '{"base": {...}, "runs": [{...}, ...], "seeds": [0, ...]} with keys of a config'
+DIED = "its process died; fewer --processes if memory was short"
+
 
 def read_study(path: Path) -> list[Config]:
-    """All runs of a study, one config for each setting and seed."""
-    study = json.loads(path.read_text())
+    """All runs of a study, one config for each setting and seed.
+
+    Raises:
+        RunError: the file is no study, or a key is none of a config.
+    """
+    try:
+        study = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not readable ({error}), expected a study: {STUDY}") from error
+    if faults := list(_study_faults(study)):
+        raise RunError(f"{path}: {'; '.join(faults)}; expected {STUDY}")
     seeds = study.get("seeds", [0])
     # Seed by seed, so that a study that is cut short has tried every setting.
     return [{**study.get("base", {}), "seed": seed, **run} for seed in seeds for run in study["runs"]]
+
+
+def _study_faults(study: Any) -> Iterator[str]:
+    if not isinstance(study, dict):
+        yield "not an object"
+        return
+    if unknown := sorted(study.keys() - {"base", "runs", "seeds"}):
+        yield f"unknown parts: {', '.join(unknown)}"
+    base, runs, seeds = study.get("base", {}), study.get("runs"), study.get("seeds", [0])
+    configs = [base, *runs] if isinstance(runs, list) else [base]
+    if not isinstance(runs, list) or not runs:
+        yield "no list of runs"
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        yield f"seeds is {seeds!r}"
+    if not all(isinstance(config, dict) for config in configs):
+        yield "base or a run is not an object"
+    elif unknown := sorted({key for config in configs for key in config} - default_config().keys()):
+        yield f"unknown keys: {', '.join(unknown)}"
 
 
 def run_one(config: Mapping[str, Any], texts: Path) -> dict[str, Any]:
@@ -205,10 +237,21 @@ def _run(given: argparse.Namespace) -> None:
         "command": retold_commands(given.study, given.rates),
         "commit": given.commit or commit_of_code(),
     }
+    if given.json is not None:
+        _require_place(given.json)
     results = _run_all(configs, given.texts, given.processes, given.seconds, given.json, origin)
-    print(f"{len(results)} of {len(configs)} runs; torch {torch.__version__}, {_device_name()}")
-    print(table(results))
-    print(f"\n{tables(results)}")
+    finished = [result for result in results if "error" not in result]
+    print(f"{len(finished)} of {len(configs)} runs; torch {torch.__version__}, {_device_name()}")
+    print(table(finished))
+    print(f"\n{tables(finished)}")
+    if len(finished) < len(results):
+        sys.exit(1)
+
+
+def _require_place(target: Path) -> None:
+    """See that results can be written, before hours are spent on them."""
+    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
+        raise RunError(f"--json: {target} cannot be written; expected a file in a folder that is there")
 
 
 def _tell(files: list[Path], plot: Path | None) -> None:
@@ -230,30 +273,23 @@ def _run_all(
     target: Path | None,
     origin: Mapping[str, str],
 ) -> list[dict[str, Any]]:
+    """What each run came to, or its error; `target` holds it as it comes."""
     started = time.monotonic()
     results: list[dict[str, Any]] = []
-    with multiprocessing.get_context("spawn").Pool(processes, _take_gpu) as pool:
-        pending = pool.imap_unordered(partial(_guarded, texts=texts), configs)
-        while len(results) < len(configs):
-            left = seconds - (time.monotonic() - started) if seconds else None
-            try:
-                found = pending.next(timeout=left)
-            except multiprocessing.TimeoutError:
-                break
-            found["origin"] = {**origin, "device": found.pop("device", "")}
-            results.append(found)
-            shown = (
-                found.get("error") or f"last3 {found['score']['last3']:.4f} best {found['score']['best']:.4f}"
-            )
-            print(f"{time.monotonic() - started:6.0f} s  {shown}  {json.dumps(found['config'])}", flush=True)
-            if target is not None:
-                target.write_text(json.dumps(results))
-    return [result for result in results if "error" not in result]
+    train = partial(_guarded, texts=texts)
+    for config, result in in_processes(train, configs, processes, _take_gpu, seconds):
+        found = result or {"config": config, "error": DIED}
+        found["origin"] = {**origin, "device": found.pop("device", "")}
+        results.append(found)
+        shown = found.get("error") or f"last3 {found['score']['last3']:.4f} best {found['score']['best']:.4f}"
+        print(f"{time.monotonic() - started:6.0f} s  {shown}  {json.dumps(found['config'])}", flush=True)
+        if target is not None:
+            write_atomic(target, json.dumps(results))
+    return results
 
 
-def _take_gpu() -> None:
-    """Give this process of a pool one of the machine's GPUs, in turn, before CUDA looks at them."""
-    number = multiprocessing.current_process()._identity[-1] - 1
+def _take_gpu(number: int) -> None:
+    """Give a process one of the machine's GPUs, in turn, before CUDA looks at them."""
     if "CUDA_VISIBLE_DEVICES" not in os.environ and (gpus := len(list(Path("/dev").glob("nvidia[0-9]*")))):
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
     torch.set_float32_matmul_precision("high")

@@ -61,12 +61,14 @@ def read_results(paths: Iterable[Path]) -> list[Result]:
             content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: not readable ({error}), expected what --json wrote") from error
-        if not isinstance(content, list) or not all(
-            isinstance(one, dict) and "config" in one for one in content
-        ):
+        if not isinstance(content, list) or not all(map(_is_run, content)):
             raise RunError(f"{path}: not a list of runs, expected what --json wrote")
         found += content
     return [result for result in found if "error" not in result]
+
+
+def _is_run(one: Any) -> bool:
+    return isinstance(one, dict) and "config" in one and ("error" in one or {"score", "bytes"} <= one.keys())
 
 
 def with_rates(configs: Sequence[Config], trials: Sequence[Result]) -> list[Config]:

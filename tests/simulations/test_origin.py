@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from multiprocessing import dummy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,12 @@ def test_the_commit_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert commit_of_code() == f"{commit}+"
 
 
+TOLD: dict[str, Any] = {"config": {}, "score": {}, "bytes": {}, "origin": {"command": "python rates"}}
+
+
 def test_the_commands_name_no_path_of_this_machine(tmp_path: Path):
     inside, rates = STUDIES / "compare-sst2.json", tmp_path / "rates.json"
-    rates.write_text(json.dumps([{"config": {}, "origin": {"command": "python rates"}}] * 2))
+    rates.write_text(json.dumps([TOLD] * 2))
     assert retold_commands(inside, [rates]).splitlines() == [
         "python rates --json rates.json",
         f"python -m simulations.bench.learning {inside.relative_to(ROOT)} --texts texts --rates rates.json",
@@ -104,7 +107,7 @@ def test_the_commands_name_no_path_of_this_machine(tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"score": 1}]'])
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"score": 1}]', '[{"config": {}}]'])
 def test_files_of_others_are_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(RunError, match="expected what --json wrote"):
@@ -130,21 +133,81 @@ def test_rows_name_their_commit_and_rate_and_tables_their_command():
     assert shown.endswith("```sh\npython -m this study.json\n```")
 
 
-def test_a_study_keeps_where_it_comes_from(
-    tiny_bert: Path,
-    topics: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.setattr(learning.multiprocessing, "get_context", lambda _: dummy)  # threads are quicker
-    monkeypatch.setattr(learning, "_take_gpu", lambda: None)
+# --- A study, run --------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(tiny_bert: Path, topics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments of a study of two runs, trained in this process: that is quicker."""
+
+    def here(work: Any, items: Sequence[Any], *_: Any) -> Iterator[tuple[Any, Any]]:
+        return ((item, work(item)) for item in items)
+
+    monkeypatch.setattr(learning, "in_processes", here)
     base = {"model": str(tiny_bert), "data": str(topics), "clients": 2, "clients-per-round": 2, "rounds": 1}
     base |= {"local-steps": 1, "batch-size": 2, "max-length": 16, "partition": "iid", "max-examples": 40}
-    study = {"base": base, "runs": [{"adapter": "lora"}, {"num-vectors": 8, "vector-length": 8}]}
-    (tmp_path / "study.json").write_text(json.dumps(study))
-    options = [str(tmp_path / "study.json"), "--texts", str(tmp_path)]
-    learning.main([*options, "--prepare"])
-    learning.main([*options, "--json", str(tmp_path / "r.json"), "--commit", "abc1234"])
+    content = {"base": base, "runs": [{"adapter": "lora"}, {"num-vectors": 8, "vector-length": 8}]}
+    (tmp_path / "study.json").write_text(json.dumps(content))
+    learning.main([str(tmp_path / "study.json"), "--texts", str(tmp_path), "--prepare"])
+    return [str(tmp_path / "study.json"), "--texts", str(tmp_path), "--json", str(tmp_path / "r.json")]
+
+
+def test_a_study_keeps_where_it_comes_from(
+    study: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    learning.main([*study, "--commit", "abc1234"])
     assert {one["origin"]["commit"] for one in read_results([tmp_path / "r.json"])} == {"abc1234"}
     assert "| abc1234 |" in capsys.readouterr().out
+
+
+def test_a_process_that_is_killed_costs_its_run(
+    study: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def killing(work: Any, items: Sequence[Any], *_: Any) -> Iterator[tuple[Any, Any]]:
+        yield items[0], None
+        yield items[1], work(items[1])
+
+    monkeypatch.setattr(learning, "in_processes", killing)
+    with pytest.raises(SystemExit) as left:
+        learning.main(study)
+    assert left.value.code == 1
+    shown = capsys.readouterr().out
+    assert "its process died; fewer --processes if memory was short" in shown
+    assert "1 of 2 runs; torch " in shown
+    assert len(read_results([tmp_path / "r.json"])) == 1
+    assert len(json.loads((tmp_path / "r.json").read_text())) == 2
+
+
+def test_results_that_cannot_be_kept_are_not_worked_for(study: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as left:
+        learning.main([*study[:-1], "nowhere/r.json"])
+    assert left.value.code == 2
+    told = "--json: nowhere/r.json cannot be written; expected a file in a folder that is there"
+    shown = capsys.readouterr()
+    assert shown.err.endswith(f"{told}\n")
+    assert shown.out.count("last3") == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "not readable ("),
+        ("{", "not readable ("),
+        ("[]", "not an object"),
+        ('{"base": {}}', "no list of runs"),
+        ('{"runs": []}', "no list of runs"),
+        ('{"runs": [1]}', "base or a run is not an object"),
+        ('{"runs": [{}], "seeds": 3}', "seeds is 3"),
+        ('{"runs": [{"adpter": "lora"}], "bass": {}}', "unknown parts: bass; unknown keys: adpter"),
+    ],
+)
+def test_what_is_no_study(content: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "s.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as left:
+        learning.main([str(path)])
+    assert left.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{path}: {told}" in line
+    assert '{"base": {...}, "runs": [{...}, ...], "seeds": [0, ...]}' in line
