@@ -35,7 +35,8 @@ class CohortSizer:
     """
 
     def __init__(self, device: torch.device, size: int = 0) -> None:
-        """`size` fixes the number of clients; 0 chooses. Out of memory, it is halved all the same."""
+        """`size` fixes the number of clients; 0 chooses, on a GPU by what is free at the time, so another
+        process may choose otherwise. Out of memory, it is halved all the same."""
         self._device = device
         self._size = size or (ON_CPU if device.type == "cpu" else 0)
         self._most_padding = MOST_PADDING if device.type == "cpu" and not size else math.inf
