@@ -23,6 +23,7 @@ from simulations.bench.sets import measure_churn, measure_sets
 from simulations.bench.tables import print_table
 from simulations.replay import PHASES, replayed_update, write_message
 from vblora.entropy import entropy_bits
+from vblora.errors import FedVBError
 from vblora.files import write_atomic
 from vblora.frame import section_bytes
 from vblora.lanes import lane_entropy
@@ -216,16 +217,19 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--record", action="store_true")
-    parser.add_argument("--study", type=Path, default=Path(__file__).parent / "studies" / "sst2.json")
+    parser.add_argument("--study", type=Path, default=Path(__file__).parent / "studies" / "wire-sst2.json")
     parser.add_argument("--texts", type=Path, default=Path("texts"), help="prepared by bench.learning")
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "recorded.npz")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
-    if given.record:
-        record({**read_study(given.study)[0], "model": given.model}, given.texts, given.out)
-    else:
+    if not given.record:
         run(given.json)
+        return
+    try:
+        record({**read_study(given.study)[0], "model": given.model}, given.texts, given.out)
+    except FedVBError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 
 from fl_client.tables import load_corpus
-from simulations.bench.learning import read_study
 from simulations.bench.prepare import SHAKESPEARE, T0_ROWS, T0_TASKS, main, shakespeare_rows, split_rows
-from simulations.config import check_config, default_config
-from tests.conftest import ROOT
 
 PLAY = "\n\n".join(
     ["First Citizen:\nSpeak.", "All:\nSpeak, speak.\nAgain: speak.", "First Citizen:\nYou are all resolved?"]
@@ -62,11 +59,3 @@ def test_rows_are_split_once_and_in_order():
     assert [int(row["n"]) for row in test] == sorted(int(row["n"]) for row in test)
     assert (train, test) == split_rows(rows)
     assert test != split_rows(rows, seed=1)[1]
-
-
-@pytest.mark.parametrize(
-    "study", sorted((ROOT / "simulations/bench/studies").glob("*.json")), ids=lambda p: p.stem
-)
-def test_the_studies_are_configs(study: Path):
-    for config in read_study(study):
-        check_config({**default_config(), **config})
