@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from fl_server.handshake import Roster, Task
 from fl_server.settings import ServerSettings
@@ -203,7 +203,7 @@ def summarise(settings: ServerSettings, roster: Roster, task: Task, records: lis
 
 def _score(task: Task, records: list[Record]) -> dict[str, Any]:
     scores = [record["score"] for record in records if record["score"] is not None]
-    last = scores[-3:]
+    last = _last(records, "score")
     best = max if task.higher_is_better else min
     return {
         "metric": task.metric,
@@ -211,12 +211,13 @@ def _score(task: Task, records: list[Record]) -> dict[str, Any]:
         "final": scores[-1] if scores else None,
         "best": best(scores, default=None),
         "last3": sum(last) / len(last) if last else None,
+        "averaged": len(last),
         **({"texts": records[-1]["texts"]} if records and records[-1]["texts"] else {}),
     }
 
 
 def _own_score(records: list[Record], clients: Sequence[str], late: int) -> dict[str, float]:
-    """Clients' own scores at the end, the mean of the last three, and that of the late ones.
+    """Clients' own scores at the end, the mean of the last three of `_last`, and that of the late ones.
 
     Nothing where nobody was asked.
     """
@@ -224,10 +225,17 @@ def _own_score(records: list[Record], clients: Sequence[str], late: int) -> dict
     spreads = [spread for record in records if (spread := record["own_std"]) is not None]
     if not means:
         return {}
-    last, own = means[-3:], records[-1]["own"]
+    last, own = _last(records, "own_mean"), records[-1]["own"]
     newcomers = [own[name] for name in clients[len(clients) - late :] if name in own]
     of_late = {"own_late": sum(newcomers) / len(newcomers)} if newcomers else {}
     return {"own_mean": means[-1], "own_std": spreads[-1], "own_last3": sum(last) / len(last), **of_late}
+
+
+def _last(records: Sequence[Record], name: Literal["score", "own_mean"]) -> list[float]:
+    """The last three of a score: of trained states, where there is one."""
+    found = [(record["round"], score) for record in records if (score := record[name]) is not None]
+    trained = [score for number, score in found if number]
+    return (trained or [score for _, score in found])[-3:]
 
 
 def _per(total: int, count: int) -> int:

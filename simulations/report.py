@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fl_client.site import Site
-from simulations.units import size
+from simulations.units import last_evaluations, size
 
 __all__ = ["facts", "summary_table"]
 
@@ -29,7 +29,7 @@ def summary_table(summary: dict[str, Any], run: Path, more: Mapping[str, str] | 
         f"{score['metric']} at the start": f"{score['start']:.4f}",
         f"{score['metric']} at the end": f"{score['final']:.4f}",
         f"best {score['metric']}": f"{score['best']:.4f}",
-        f"{score['metric']}, mean of the last three": f"{score['last3']:.4f}",
+        f"{score['metric']}, mean of the {last_evaluations(score['averaged'])}": f"{score['last3']:.4f}",
         **_more_scores(score),
         "sent up, a client a round": size(sent["up_per_client_round"]),
         "   of it the task head": size(sent["head"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["duration", "size"]
+__all__ = ["duration", "last_evaluations", "size"]
 
 
 def size(count: float) -> str:
@@ -21,3 +21,8 @@ def duration(seconds: float) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def last_evaluations(count: int) -> str:
+    """The evaluations that a score is the mean of: three at the end, or as many as there are."""
+    return {1: "last evaluation", 2: "last two"}.get(count, "last three")

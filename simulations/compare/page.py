@@ -46,6 +46,7 @@ def page(outcome: Outcome, command: str) -> str:
         parts=_parts(comparison),
         scores=_rows_table(comparison, score_columns(comparison), "Scores"),
         bytes=_rows_table(comparison, byte_columns(comparison), "Bytes"),
+        averaged=comparison.averaged,
         unit=" in points" if comparison.metric == "accuracy" else "",
         baseline=html.escape(comparison.baseline),
         codec=html.escape(_codec(comparison)),
@@ -86,7 +87,7 @@ def _pictures(comparison: Comparison) -> list[str]:
     metric = comparison.metric
     band = "Means over seeds; bands from the least to the most." if comparison.seeds > 1 else "One seed."
     return [
-        _picture(comparison, by_round, f"{metric} against rounds. Mean of the last three: {scores}.", band),
+        _picture(comparison, by_round, f"{metric} against rounds. Mean of the {comparison.averaged}: {scores}.", band),
         _picture(
             comparison,
             by_bytes,
@@ -135,7 +136,7 @@ def _rows_table(comparison: Comparison, shown: Columns, label: str) -> str:
 
 
 def _run_cells(comparison: Comparison) -> tuple[list[str], Cells]:
-    headings = ["adapter", "seed", "start", "last three", "best", "final", "in all", "seconds"]
+    headings = ["adapter", "seed", "start", comparison.averaged, "best", "final", "in all", "seconds"]
     cells = [
         [
             row.name,

@@ -16,6 +16,7 @@ from simulations.compare.scores import (
     spread,
     target_of,
 )
+from simulations.units import last_evaluations
 
 __all__ = [
     "FLOAT32",
@@ -41,7 +42,7 @@ class Result:
 
     Attributes:
         seed: of everything in it.
-        start, final, best, last3: scores; last3 is the mean of the last three evaluations.
+        start, final, best, last3: scores; last3 is the mean of the last three evaluations of trained states.
         curve: (round, bytes so far, score) of each evaluation; bytes of training messages in both directions,
             all clients.
         up, down: bytes a client a round, on average.
@@ -49,6 +50,7 @@ class Result:
         sections: bytes up a client a round by section of the blob, "frame" the rest.
         trained, sent: numbers.
         seconds: of all rounds.
+        averaged: evaluations that last3 is the mean of, where there were fewer than three.
         memory, gpu: bytes of main and GPU memory at most; 0 where nobody looked.
     """
 
@@ -65,6 +67,7 @@ class Result:
     trained: int
     sent: int
     seconds: float
+    averaged: int = 3
     memory: int = 0
     gpu: int = 0
 
@@ -131,6 +134,11 @@ class Comparison:
         """Of the row that has most."""
         return max(len(row.results) for row in self.rows)
 
+    @property
+    def averaged(self) -> str:
+        """Of which evaluations scores are means, as "last three"."""
+        return last_evaluations(max(result.averaged for row in self.rows for result in row.results))
+
 
 def trace(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a comparison needs of a history and a summary does not hold: `curve` and `sections`."""
@@ -165,6 +173,7 @@ def result_of(summary: Mapping[str, Any], traced: Mapping[str, Any], **measured:
         trained=summary["parameters"]["trained"],
         sent=summary["parameters"]["sent"],
         seconds=summary["seconds"],
+        averaged=score.get("averaged", 3),
         **measured,
     )
 

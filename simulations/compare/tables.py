@@ -34,7 +34,7 @@ def score_columns(comparison: Comparison) -> Columns:
     """Those of `columns` that tell how good an adapter is, and what training it takes."""
     made: dict[str, Callable[[Row], str]] = {
         "adapter": lambda row: row.name,
-        f"{comparison.metric}, last three": _spread,
+        f"{comparison.metric}, {comparison.averaged}": _spread,
         "best": lambda row: f"{row.best.mean:.4f}",
     }
     if comparison.baseline:

@@ -88,6 +88,7 @@ def test_history_and_summary(tmp_path: Path):
         "final": scores[-1],
         "best": max(scores),
         "last3": pytest.approx(np.mean(scores[-3:])),
+        "averaged": 3,
     }
     blueprint = make_blueprint()
     assert summary["parameters"]["sent"] == blueprint.stored_parameters
@@ -101,6 +102,18 @@ def test_history_and_summary(tmp_path: Path):
     assert sorted(summary) == keys.split()
     assert (summary["adapter"], summary["rounds"], summary["clients"]) == ("vblora", 5, 5)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_the_score_before_training_counts_in_no_mean(tmp_path: Path):
+    """Two evaluations of trained states: their mean. Without any, what there is."""
+    summary = run(tmp_path, make_exchange(), rounds=2, own_scores=True)
+    records = read_history(tmp_path)
+    scores = [record["score"] for record in records[1:] if record["score"] is not None]
+    assert records[0]["score"] is not None
+    assert summary["score"]["last3"] == pytest.approx(np.mean(scores))
+    assert summary["score"]["averaged"] == len(scores) < 3
+    own = [record["own_mean"] for record in records[1:] if record["own_mean"] is not None]
+    assert summary["score"]["own_last3"] == pytest.approx(np.mean(own))
 
 
 def test_bytes_are_those_of_the_blobs(tmp_path: Path):

@@ -51,3 +51,11 @@ def test_long_names_do_not_break_the_table(finished: Path):
     assert max(map(len, file.getvalue().splitlines())) <= 80
     assert "some-owner/a-model" in file.getvalue()
     assert "[red]/very-" in file.getvalue()
+
+
+@pytest.mark.parametrize(("count", "told"), [(1, "last evaluation"), (2, "last two"), (3, "last three")])
+def test_the_mean_of_fewer_than_three_evaluations_is_told_so(finished: Path, count: int, told: str):
+    file, summary = io.StringIO(), read_summary(finished)
+    summary["score"]["averaged"] = count
+    Console(file=file, width=80).print(summary_table(summary, Path("runs/mine")))
+    assert f"accuracy, mean of the {told} " in file.getvalue()

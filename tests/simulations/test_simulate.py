@@ -65,7 +65,7 @@ def test_files_of_a_run(finished: Path):
 def test_summary_of_a_run(finished: Path, tiny_bert: Path, topics: Path):
     summary, records = read_summary(finished), read_history(finished)
     assert set(summary) >= SUMMARY
-    assert set(summary["score"]) == {"metric", "start", "final", "best", "last3"}
+    assert set(summary["score"]) == {"metric", "start", "final", "best", "last3", "averaged"}
     assert set(summary["bytes"]) >= {
         *("up_per_client_round", "down_per_client_round", "up_total", "down_total", "head")
     }
@@ -78,6 +78,7 @@ def test_summary_of_a_run(finished: Path, tiny_bert: Path, topics: Path):
         "final": scores[-1],
         "best": max(scores),
         "last3": pytest.approx(sum(scores[-3:]) / 3),
+        "averaged": 3,
     }
     assert (summary["adapter"], summary["clients"], summary["rounds"], summary["seed"]) == ("vblora", 4, 3, 0)
     assert (summary["model"], summary["data"]) == (str(tiny_bert), str(topics))

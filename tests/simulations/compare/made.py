@@ -15,7 +15,7 @@ from simulations.config import default_config
 def made_result(seed: int, scores: Sequence[float], round_bytes: int, **sections: float) -> Result:
     """A run evaluated every round; the first score is that of round 0."""
     curve = tuple((number, number * round_bytes, score) for number, score in enumerate(scores))
-    last = list(scores[-3:])
+    last = list(scores[1:][-3:])
     return Result(
         seed=seed,
         start=scores[0],
@@ -30,6 +30,7 @@ def made_result(seed: int, scores: Sequence[float], round_bytes: int, **sections
         trained=100,
         sent=10,
         seconds=12.5,
+        averaged=len(last),
         memory=500_000_000,
     )
 

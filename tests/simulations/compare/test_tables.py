@@ -92,3 +92,10 @@ def test_bytes_by_section():
     headings, cells = section_cells(made_comparison())
     assert headings == ["adapter", "rows", "frame", "all"]
     assert cells[1] == ["vblora", "400 B", "100 B", "500 B"]
+
+
+def test_a_mean_of_fewer_than_three_evaluations_is_named_so():
+    groups = {name: [made_result(0, [0.1, 0.4, 0.6], 10)] for name in ("lora:8", "vblora")}
+    comparison = compared(groups, "lora:8", "accuracy")
+    shown = columns(comparison)["accuracy, last two"]
+    assert {shown(row) for row in comparison.rows} == {"0.5000"}
