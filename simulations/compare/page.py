@@ -87,7 +87,12 @@ def _pictures(comparison: Comparison) -> list[str]:
     metric = comparison.metric
     band = "Means over seeds; bands from the least to the most." if comparison.seeds > 1 else "One seed."
     return [
-        _picture(comparison, by_round, f"{metric} against rounds. Mean of the {comparison.averaged}: {scores}.", band),
+        _picture(
+            comparison,
+            by_round,
+            f"{metric} against rounds. Mean of the {comparison.averaged}: {scores}.",
+            band,
+        ),
         _picture(
             comparison,
             by_bytes,

@@ -11,6 +11,7 @@ from simulations.compare.scores import (
     Reached,
     Spread,
     bytes_to_target,
+    is_reached,
     paired,
     reached,
     spread,
@@ -73,8 +74,8 @@ class Result:
 
     @property
     def by_bytes(self) -> list[tuple[float, float]]:
-        """(bytes so far, score) of each evaluation."""
-        return [(sent, score) for _, sent, score in self.curve]
+        """(bytes so far, score) of each evaluation of a trained state."""
+        return [(sent, score) for number, sent, score in self.curve if number]
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ class Row:
         score, best: of last3 and of the best evaluation.
         difference: last3 minus the baseline's, by seed; None of the baseline, and where no seed is shared.
         fewer: the baseline's bytes over this one's.
-        targets: what it took to come to each of `SHARES` of the baseline's last3 of the same seed.
-        close: what it took to come within `CLOSE` of it; None of a loss.
+        targets: what it took to come to each of `SHARES` of the baseline's last3 of the same seed. A seed
+            whose baseline was there before any training gives no bytes.
+        close: what it took to come within `CLOSE` of it, alike; None of a loss.
     """
 
     name: str
@@ -183,6 +185,7 @@ def compared(groups: Mapping[str, Sequence[Result]], baseline: str, metric: str)
     higher = metric != "loss"
     theirs = {result.seed: result for result in groups.get(baseline, ())}
     goals = _last3(theirs)
+    starts = {seed: result.start for seed, result in theirs.items()}
     targets = {
         share: {seed: target_of(score, share, higher) for seed, score in goals.items()} for share in SHARES
     }
@@ -204,8 +207,8 @@ def compared(groups: Mapping[str, Sequence[Result]], baseline: str, metric: str)
                 best=spread([result.best for result in results]),
                 difference=difference,
                 fewer=_fewer(results, list(theirs.values())),
-                targets={share: _reached(shared, targets[share], higher) for share in SHARES},
-                close=_reached(shared, close, higher) if higher else None,
+                targets={share: _reached(shared, targets[share], starts, higher) for share in SHARES},
+                close=_reached(shared, close, starts, higher) if higher else None,
             )
         )
     return Comparison(metric, higher, baseline if theirs else "", tuple(rows))
@@ -255,6 +258,11 @@ def _fewer(ours: Sequence[Result], theirs: Sequence[Result]) -> float | None:
     return sum(result.total for result in theirs) / len(theirs) / sent if theirs and sent else None
 
 
-def _reached(results: Sequence[Result], goals: Mapping[int, float], higher: bool) -> Reached:
-    """Sum up what it took to come to the goal of each seed."""
-    return reached([bytes_to_target(one.by_bytes, goals[one.seed], higher) for one in results])
+def _reached(
+    results: Sequence[Result], goals: Mapping[int, float], starts: Mapping[int, float], higher: bool
+) -> Reached:
+    """Sum up what it took to come to the goal of each seed, of those where the baseline's start, `starts`,
+    fell short of it."""
+    short = [one for one in results if not is_reached(starts[one.seed], goals[one.seed], higher)]
+    taken = [bytes_to_target(one.by_bytes, goals[one.seed], higher) for one in short]
+    return reached(taken, at_start=len(results) - len(short))

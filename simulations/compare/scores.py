@@ -7,7 +7,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Interval", "Reached", "Spread", "bytes_to_target", "paired", "reached", "spread", "target_of"]
+__all__ = [
+    "Interval",
+    "Reached",
+    "Spread",
+    "bytes_to_target",
+    "is_reached",
+    "paired",
+    "reached",
+    "spread",
+    "target_of",
+]
 
 Point = tuple[float, float]  # bytes so far, score
 
@@ -47,14 +57,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class Reached:
-    """How many of n seeds reached a target, and the median of the bytes that it took.
+    """How many of n seeds reached a target, and the median of the bytes that it took, one that occurred.
 
-    A seed that did not reach it counts as infinitely many, so the median is None where half did not.
+    A seed that did not reach it counts as infinitely many, so the median is None where half did not. Beside
+    the n are seeds of which bytes tell nothing: `at_start`, whose target was met before any training.
     """
 
     count: int
     n: int
     median: float | None
+    at_start: int = 0
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -84,17 +96,22 @@ def target_of(score: float, share: float, higher_is_better: bool) -> float:
 def bytes_to_target(curve: Sequence[Point], target: float, higher_is_better: bool) -> float | None:
     """Bytes sent until the first evaluation at least as good as the target; None where none is."""
     for sent, score in curve:
-        if score >= target - ROUNDING if higher_is_better else score <= target + ROUNDING:
+        if is_reached(score, target, higher_is_better):
             return sent
     return None
 
 
-def reached(bytes_taken: Sequence[float | None]) -> Reached:
-    """Sum up `bytes_to_target` over seeds."""
+def is_reached(score: float, target: float, higher_is_better: bool) -> bool:
+    """Whether a score is at least as good as a target."""
+    return score >= target - ROUNDING if higher_is_better else score <= target + ROUNDING
+
+
+def reached(bytes_taken: Sequence[float | None], at_start: int = 0) -> Reached:
+    """Sum up `bytes_to_target` over seeds; of an even number the median is the higher one in the middle."""
     taken = [math.inf if sent is None else sent for sent in bytes_taken]
-    middle = statistics.median(taken) if taken else math.inf
+    middle = statistics.median_high(taken) if taken else math.inf
     count = sum(math.isfinite(sent) for sent in taken)
-    return Reached(count, len(taken), middle if math.isfinite(middle) else None)
+    return Reached(count, len(taken), middle if math.isfinite(middle) else None, at_start)
 
 
 def t_975(freedom: int) -> float:

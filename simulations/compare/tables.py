@@ -123,8 +123,13 @@ def verdict(comparison: Comparison) -> list[str]:
 
 def _cheapest(comparison: Comparison) -> list[str]:
     """Who comes to the target with the fewest bytes; who after, and who not. The baseline always does, where
-    its evaluations were kept."""
+    its evaluations were kept. Nobody where it was there before any training in most seeds."""
     goal = f"{TARGET:.0%} of {comparison.baseline}'s {comparison.metric}"
+    theirs = comparison.rows[0].targets[TARGET]
+    without, seeds = theirs.at_start, theirs.at_start + theirs.n
+    there = [_at_start(comparison, without, seeds)] * bool(without)
+    if 2 * without > seeds:
+        return there
     took = {
         row.name: found
         for row in comparison.rows
@@ -132,15 +137,21 @@ def _cheapest(comparison: Comparison) -> list[str]:
     }
     if not took:
         return []
-    if any(found.median == 0 for found in took.values()):
-        return [f"Before any training scores were at {goal}: bytes to it tell nothing."]
     first, *others = sorted(took, key=lambda name: took[name].median or 0)
     told = [f"{first} came to {goal} with the fewest bytes: {_reached(took[first], ' seeds')}."]
     if others:
         told.append(f"Then {', '.join(f'{name} with {_reached(took[name])}' for name in others)}.")
     if missed := [row.name for row in comparison.rows if row.name not in took]:
         told.append(f"Most runs of {', '.join(missed)} did not come there.")
-    return told
+    return told + there
+
+
+def _at_start(comparison: Comparison, without: int, seeds: int) -> str:
+    """That the baseline learned too little in some seeds to count bytes by."""
+    where = "" if seeds == 1 else f" in {without} of {seeds} seeds"
+    nothing = "no bytes are counted there" if 2 * without <= seeds else "bytes to it tell nothing"
+    share = f"{TARGET:.0%} of its own {comparison.metric}"
+    return f"Before any training {comparison.baseline} was at {share}{where}: {nothing}."
 
 
 def _one(row: Row, comparison: Comparison) -> str:
@@ -203,8 +214,9 @@ def _target(share: float) -> Callable[[Row], str]:
 
 def _reached(found: Reached, unit: str = "") -> str:
     """Median bytes, and how many seeds got there where not all did."""
+    if found.at_start and not found.n:
+        return "at the start"
     if found.median is None:
         return "not reached" if not found.count else f"{found.count} of {found.n}"
-    if not found.median:
-        return "at the start"
-    return size(found.median) + (f" ({found.count} of {found.n}{unit})" if found.count < found.n else "")
+    part = found.count < found.n or found.at_start
+    return size(found.median) + (f" ({found.count} of {found.n}{unit})" if part else "")

@@ -79,7 +79,7 @@ def test_the_comparison_as_json():
     content = json.loads(json.dumps(as_json(made_comparison())))
     assert list(content["adapters"]) == ["lora:8 float32", "vblora", "lora:8"]
     vblora = content["adapters"]["vblora"]
-    assert vblora["bytes_to_target"]["0.95"] == {"count": 2, "n": 2, "median": 2000}
+    assert vblora["bytes_to_target"]["0.95"] == {"count": 2, "n": 2, "median": 2000, "at_start": 0}
     assert vblora["score"] == {"mean": pytest.approx(0.78), "std": pytest.approx(0), "n": 2}
     assert [run["seed"] for run in vblora["runs"]] == [0, 1]
     assert vblora["sections"] == {"rows": 400, "frame": 100}

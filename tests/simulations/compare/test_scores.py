@@ -82,10 +82,11 @@ def test_a_share_of_a_score():
         ([10, 30, 20], Reached(3, 3, 20)),
         ([10, None, 20], Reached(2, 3, 20)),
         ([10, None], Reached(1, 2, None)),
+        ([40, 10, 30, 20], Reached(4, 4, 30)),
         ([None, None, 5], Reached(1, 3, None)),
         ([], Reached(0, 0, None)),
     ],
 )
 def test_seeds_that_come_to_a_target(taken: list[float | None], expected: Reached):
-    """Who does not come there took infinitely many bytes."""
+    """Who does not come there took infinitely many bytes; the median is of a run, not between two."""
     assert reached(taken) == expected

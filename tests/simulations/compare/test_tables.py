@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from simulations.compare.results import compared
+from simulations.compare.results import Comparison, compared
+from simulations.compare.scores import Reached
 from simulations.compare.tables import columns, few_columns, markdown, section_cells, verdict
 from tests.simulations.compare.made import made_comparison, made_result
 
@@ -38,9 +39,47 @@ def test_a_baseline_that_learned_nothing_gives_no_winner():
     groups = {name: [made_result(0, flat, sent)] for name, sent in (("lora:8", 1000), ("vblora", 10))}
     comparison = compared(groups, "lora:8", "accuracy")
     assert verdict(comparison)[0] == (
-        "Before any training scores were at 98% of lora:8's accuracy: bytes to it tell nothing."
+        "Before any training lora:8 was at 98% of its own accuracy: bytes to it tell nothing."
     )
     assert {columns(comparison)["to 98%"](row) for row in comparison.rows} == {"at the start"}
+
+
+def seeds_of(scores: list[list[float]]) -> Comparison:
+    """LoRA with these scores, seed by seed; VB-LoRA, at a hundredth of the bytes, as good after round 1."""
+    rise = [0.5, 0.9, 0.9, 0.9]
+    return compared(
+        {
+            "lora:8": [made_result(seed, own, 1000) for seed, own in enumerate(scores)],
+            "vblora": [made_result(seed, rise, 10) for seed in range(len(scores))],
+        },
+        "lora:8",
+        "accuracy",
+    )
+
+
+def test_no_winner_where_the_baseline_learned_nothing_in_most_seeds():
+    flat, rise = [0.5, 0.5, 0.5, 0.5], [0.5, 0.8, 0.8, 0.8]
+    assert verdict(seeds_of([flat, flat, rise]))[:2] == [
+        "Before any training lora:8 was at 98% of its own accuracy in 2 of 3 seeds: "
+        "bytes to it tell nothing.",
+        "vblora: accuracy 0.9000, +30.0 (−13.0 to +73.0) points against lora:8, no difference shown; "
+        "1/100 of its bytes.",
+    ]
+
+
+def test_a_seed_whose_baseline_learned_nothing_gives_no_bytes():
+    """Neither nothing at all, nor the mean of that and what another seed took."""
+    flat, rise = [0.5, 0.5, 0.5, 0.5], [0.5, 0.8, 0.8, 0.8]
+    comparison = seeds_of([flat, rise])
+    assert verdict(comparison)[:3] == [
+        "vblora came to 98% of lora:8's accuracy with the fewest bytes: 10 B (1 of 1 seeds).",
+        "Then lora:8 with 1.0 kB (1 of 1).",
+        "Before any training lora:8 was at 98% of its own accuracy in 1 of 2 seeds: "
+        "no bytes are counted there.",
+    ]
+    assert comparison.rows[1].targets[0.98] == Reached(1, 1, 10, at_start=1)
+    falls = compared({"lora:8": [made_result(0, [0.5, 0.4, 0.4], 9)]}, "lora:8", "accuracy")
+    assert falls.rows[0].targets[1.0] == Reached(0, 0, None, at_start=1)
 
 
 def test_of_a_loss_points_are_not_told():
