@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from simulations.config import check_config
 from simulations.units import duration
 from vblora.errors import RunError
 
-__all__ = ["Outcome", "Trial", "compare"]
+__all__ = ["Outcome", "Trial", "best_rate", "compare"]
 
 
 @dataclass(frozen=True)
@@ -172,11 +173,17 @@ def _trials(protocol: Protocol, finished: Sequence[Planned]) -> dict[str, tuple[
             raise RunError(
                 f"compare: no rate of {name} could be tried to the end; lower them: {contender.values}"
             )
-        best = (max if _higher(finished) else min)(whole, key=lambda rate: whole[rate])
+        best = best_rate(whole, contender.default, _higher(finished))
         found[name] = tuple(
             Trial(rate, scores[rate] if rate in whole else (), rate == best) for rate in contender.values
         )
     return found
+
+
+def best_rate(scores: Mapping[float, float], default: float, higher_is_better: bool) -> float:
+    """The rate of the best score; of several as good, the one nearest to the default."""
+    sign = 1 if higher_is_better else -1
+    return max(scores, key=lambda rate: (sign * scores[rate], -abs(math.log(rate / default))))
 
 
 def _rates(trials: Mapping[str, Sequence[Trial]]) -> dict[str, float]:
