@@ -29,7 +29,7 @@ __all__ = ["Job", "LocalSettings", "OnStep", "Trained", "train_cohort"]
 OnStep = Callable[[int, int], bool | None]
 
 # Learning rates of kinds without a bank.
-RATES: Mapping[str, float] = {"lora": 2e-3, "ffa-lora": 2e-3, "lora-xs": 8e-3, "uni-lora": 5e-3}
+RATES: Mapping[str, float] = {"lora": 4e-3, "ffa-lora": 2e-3, "lora-xs": 8e-3, "uni-lora": 1e-2}
 
 
 @dataclass(frozen=True)

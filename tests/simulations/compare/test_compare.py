@@ -93,7 +93,7 @@ def test_rates_are_chosen_on_other_texts(fedvb: Run, short: list[str], tmp_path:
     assert (shown.code, shown.err) == (0, "")
     assert "rates    3 runs try 3 of each on a part of the training texts" in shown.out
     trials = content(tmp_path / "cmp")["protocol"]["trials"]["lora:2"]
-    assert [trial["rate"] for trial in trials] == [0.001, 0.002, 0.004]
+    assert [trial["rate"] for trial in trials] == [0.002, 0.004, 0.008]
     kept = [trial for trial in trials if trial["chosen"]]
     assert len(kept) == 1
     assert kept[0]["scores"] == [max(trial["scores"][0] for trial in trials)]
@@ -102,7 +102,7 @@ def test_rates_are_chosen_on_other_texts(fedvb: Run, short: list[str], tmp_path:
         [f"runs/lora-2/lr-rows-{kept[0]['rate']:g}/seed-0"]
         + [f"tuning/lora-2/lr-rows-{trial['rate']:g}/seed-1000" for trial in trials]
     )
-    config = json.loads((tmp_path / "cmp/tuning/lora-2/lr-rows-0.001/seed-1000/config.json").read_text())
+    config = json.loads((tmp_path / "cmp/tuning/lora-2/lr-rows-0.002/seed-1000/config.json").read_text())
     assert (config["eval-split"], config["seed"]) == ("train", 1000)
 
 
