@@ -108,6 +108,7 @@ class AdapterPlan:
         down_bytes: from one state to the next.
         float32_bytes: of an update in float32, through the same frame.
         head_up_bytes, head_down_bytes: of the head, steady.
+        head_float32_bytes: of the head going up in float32.
         encoded_share: of the adapter's numbers that was encoded; the bytes are scaled up from it.
         memory: of a client's step with the base in bfloat16 and everything kept; None where the model's
             config does not tell its width.
@@ -125,6 +126,7 @@ class AdapterPlan:
     float32_bytes: int
     head_up_bytes: int
     head_down_bytes: int
+    head_float32_bytes: int
     encoded_share: float
     memory: Memory | None
     fitting: tuple[tuple[Training, Memory], ...] | None
@@ -219,6 +221,7 @@ def plan_adapter(
         float32_bytes=round((sum(float32.values()) - float32["head"]) / share),
         head_up_bytes=sizes["steady"]["head"],
         head_down_bytes=sizes["down"]["head"],
+        head_float32_bytes=float32["head"],
         encoded_share=share,
         memory=memory,
         fitting=fitting,

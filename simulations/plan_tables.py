@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from textwrap import wrap
 from typing import Any
 
 from rich.box import ROUNDED, SIMPLE_HEAD
@@ -16,10 +17,13 @@ from simulations.paper import PUBLISHED, Count, count_published
 from simulations.plan import AdapterPlan, Federation, Plan
 from simulations.units import duration, size
 
-__all__ = ["as_json", "paper_table", "plan_table"]
+__all__ = ["as_json", "paper_json", "paper_table", "plan_table"]
 
 FITTING = 4  # settings that are shown of each adapter
+WIDEST = 1000  # characters of a table
+SHORT = 11  # characters of a heading that is not broken
 Show = Callable[[AdapterPlan], str]
+Lines = Mapping[str, Show]
 
 
 def as_json(plan: Plan, federation: Federation) -> dict[str, Any]:
@@ -59,14 +63,18 @@ def _memory(adapter: AdapterPlan) -> dict[str, Any]:
 
 
 def plan_table(console: Console, plan: Plan, federation: Federation) -> None:
-    """Print a plan, one column an adapter, and what its figures stand for."""
-    table = Table(box=ROUNDED, title=f"{plan.model}, {plan.parameters:,} parameters", title_justify="left")
-    table.add_column("")
-    for name in plan.adapters:
-        table.add_column(Text(name), justify="right")
-    for heading, show in _lines(plan, federation).items():
-        table.add_row(heading, *(show(adapter) for adapter in plan.adapters.values()))
-    console.print(table)
+    """Print a plan and what its figures stand for: one column an adapter where that fits the console, else
+    one row. No number and no name is cut; where a console is too narrow for both, lines are longer."""
+    told = Text(f"{plan.model}, {plan.parameters:,} parameters")
+    parts = _parts(plan, federation)
+    shown = [_by_column(plan, parts)]
+    if _width(console, shown[0]) > console.width:
+        shown = [_by_row(plan, lines) for lines in parts]
+    console.print(told)
+    for table in shown:
+        _print_whole(console, table)
+        if len(shown) > 1:
+            console.print()
     for note in _notes(plan):
         console.print(note, markup=False, highlight=False)
     if plan.device.gib is not None:
@@ -75,35 +83,81 @@ def plan_table(console: Console, plan: Plan, federation: Federation) -> None:
         _print_counts(console, counts)
 
 
+def _width(console: Console, table: Table) -> int:
+    """Characters of a line that cuts nothing."""
+    return console.measure(table, options=console.options.update(width=WIDEST)).maximum
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """Print a table, on longer lines where the console is too narrow."""
+    Console(file=console.file, width=max(console.width, _width(console, table))).print(table)
+
+
+def _by_column(plan: Plan, parts: Sequence[Lines]) -> Table:
+    """All figures in one table."""
+    table = Table(box=ROUNDED)
+    table.add_column("", no_wrap=True)
+    for name in plan.adapters:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    for lines in parts:
+        for heading, show in lines.items():
+            table.add_row(heading, *(show(adapter) for adapter in plan.adapters.values()))
+    return table
+
+
+def _by_row(plan: Plan, lines: Lines) -> Table:
+    """Some of the figures; only headings are broken."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("adapter", no_wrap=True)
+    for heading, show in lines.items():
+        least = max(map(len, [*heading.split(), *(show(one) for one in plan.adapters.values())]))
+        table.add_column("\n".join(wrap(heading, max(least, SHORT))), justify="right", no_wrap=True)
+    for name, one in plan.adapters.items():
+        table.add_row(Text(name), *(show(one) for show in lines.values()))
+    return table
+
+
 def paper_table(console: Console) -> None:
     """Print every setting that the paper publishes, counted again."""
     _print_counts(console, [count_published(entry) for entry in PUBLISHED])
 
 
-def _lines(plan: Plan, federation: Federation) -> Mapping[str, Show]:
+def paper_json() -> list[dict[str, Any]]:
+    """The same for programs; `fits` as in `Count`."""
+    counts = map(count_published, PUBLISHED)
+    return [{**asdict(count), "agrees": count.agrees} for count in counts]
+
+
+def _parts(plan: Plan, federation: Federation) -> list[Lines]:
+    """Headings and what each shows of an adapter: its sizes, a message, a whole run, a client's memory."""
     rounds, clients = federation.rounds, federation.clients
-    lines: dict[str, Show] = {
+    headed = any(one.head for one in plan.adapters.values())
+    head = ", head too" if headed else ""
+    sizes: dict[str, Show] = {
         "sizes": _sizes,
         "rows S": lambda one: f"{one.rows:,}",
         "numbers trained": lambda one: f"{one.trained:,}",
         "numbers of a state": lambda one: f"{one.stored:,}",
+    }
+    message: dict[str, Show] = {
         "up, round 1": lambda one: size(one.up_bytes_first),
         "up, last third of the rounds": lambda one: size(one.up_bytes_steady),
         "down": lambda one: size(one.down_bytes),
         "up in float32": lambda one: size(one.float32_bytes),
     }
-    if any(one.head for one in plan.adapters.values()):
-        lines[f"head of {plan.classes} classes, numbers"] = lambda one: f"{one.head:,}"
-        lines["   up, down"] = lambda one: f"{size(one.head_up_bytes)}, {size(one.head_down_bytes)}"
-    lines |= {
-        f"a client, {rounds:,} rounds": lambda one: size(one.client_bytes(rounds)),
+    if headed:
+        sizes[f"numbers of the head, {plan.classes} classes"] = lambda one: f"{one.head:,}"
+        message["the head up"] = lambda one: size(one.head_up_bytes)
+        message["the head down"] = lambda one: size(one.head_down_bytes)
+    whole: dict[str, Show] = {
+        f"a client, {rounds:,} rounds{head}": lambda one: size(one.client_bytes(rounds)),
         f"   on {_speed(federation.bits_per_second)}": lambda one: duration(3600 * one.hours(federation)),
-        f"{clients:,} clients": lambda one: size(clients * one.client_bytes(rounds)),
+        f"{clients:,} clients{head}": lambda one: size(clients * one.client_bytes(rounds)),
     }
     if all(one.memory for one in plan.adapters.values()):
-        lines[f"memory, {plan.device.rows} × {plan.device.length} tokens"] = _device_memory
-        lines["   of it the adapter"] = lambda one: _gib(one.memory.adapter if one.memory else 0)
-    return lines
+        whole[f"memory, {plan.device.rows} × {plan.device.length} tokens"] = _device_memory
+        whole["   of it the adapter"] = lambda one: _gib(one.memory.adapter if one.memory else 0)
+    return [sizes, message, whole]
 
 
 def _device_memory(one: AdapterPlan) -> str:
@@ -117,7 +171,9 @@ def _sizes(one: AdapterPlan) -> str:
 
 
 def _notes(plan: Plan) -> list[str]:
-    notes = ["Messages are encoded, their numbers drawn from a recorded run; the head counts apart."]
+    headed = any(one.head for one in plan.adapters.values())
+    apart = "; the head counts apart where it is not named" if headed else ""
+    notes = [f"Messages are encoded, their numbers drawn from a recorded run{apart}."]
     if any(one.memory for one in plan.adapters.values()):
         notes.append("Memory: predicted for a GPU, base in bfloat16, everything kept for the gradients.")
     if ratio := _against_lora(plan):
@@ -143,7 +199,7 @@ def _print_fitting(console: Console, plan: Plan) -> None:
             table.add_row(Text(name), "nothing fits", "", "", "")
     step = f"{device.rows} × {device.length} tokens"
     console.print(f"What fits {device.gib:g} GiB, steps of {step}, the fastest first:")
-    console.print(table)
+    _print_whole(console, table)
 
 
 def _kept(training: Training) -> str:
@@ -164,8 +220,16 @@ def _against_lora(plan: Plan) -> str:
         return ""
     largest = max(loras, key=lambda name: loras[name].float32_bytes)
     least = min(plan.adapters, key=lambda name: plan.adapters[name].up_bytes_first)
-    ratio = loras[largest].float32_bytes / plan.adapters[least].up_bytes_first
-    return f"{least} sends 1/{ratio:,.0f} of {largest} in float32 in round 1."
+    lora, ours = loras[largest], plan.adapters[least]
+    told = f"{least} sends 1/{_ratio(lora.float32_bytes, ours.up_bytes_first)} of {largest} in float32"
+    if not lora.head:
+        return f"{told} in round 1."
+    whole = lora.float32_bytes + lora.head_float32_bytes, ours.up_bytes_first + ours.head_up_bytes
+    return f"{told} in round 1 without the head, 1/{_ratio(*whole)} with it."
+
+
+def _ratio(theirs: int, ours: int) -> str:
+    return f"{theirs / ours:,.0f}"
 
 
 def _print_counts(console: Console, counts: list[Count]) -> None:
@@ -184,7 +248,7 @@ def _print_counts(console: Console, counts: list[Count]) -> None:
             "counted" if count.agrees else "?" if count.fits is None else f"{count.fits:g} S",
         )
     console.print("Numbers stored in the VB-LoRA paper's settings (b 256, k 2; no task head):")
-    console.print(table)
+    _print_whole(console, table)
     for note in (
         "hb + 1.5 S: the paper's formula, in float32 numbers, stated for h up to 256: indices of one byte.",
         "counted: the same with indices of two bytes above that.",

@@ -14,6 +14,9 @@ from vblora.errors import ConfigError
 
 __all__ = ["add_commands"]
 
+# Of an adapter and its messages: what changes no size. The recorded run, from which a plan draws, has k = 2.
+UNPLANNED = ("adapter", "start", "alpha", "topk", "wire-feedback")
+
 console = Console()
 
 
@@ -23,7 +26,7 @@ def add_commands(app: typer.Typer) -> None:
         app.command()(command)
 
 
-@run_options(("Adapter", "Wire"), without=("adapter",))
+@run_options(("Adapter", "Wire"), without=UNPLANNED)
 def plan(
     context: typer.Context,
     model: Annotated[
@@ -70,10 +73,13 @@ def plan(
     """
     from simulations.adapters import parse_adapters
     from simulations.plan import Device, Federation, plan_adapters
-    from simulations.plan_tables import as_json, paper_table, plan_table
+    from simulations.plan_tables import as_json, paper_json, paper_table, plan_table
 
     if paper:
-        paper_table(console)
+        if json:
+            print(json_module.dumps(paper_json(), indent=2))
+        else:
+            paper_table(console)
         return
     if not model:
         raise ConfigError("--model: which one? such as llama-2-13b, or a config.json")

@@ -179,6 +179,55 @@ def test_plan_as_a_table(fedvb: Run, tiny_bert: Path, monkeypatch: pytest.Monkey
     assert max(map(len, published.out.splitlines())) <= 100
 
 
+@pytest.mark.parametrize("width", [50, 80, 300])
+def test_no_number_and_no_name_is_cut(fedvb: Run, monkeypatch: pytest.MonkeyPatch, width: int):
+    """Seven adapters: a row each, in 80 columns; a column each where there is room."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = ["vblora", "lora:64", "ffa-lora:8", "lora-xs:32", "uni-lora:32768", "bank-only", "lora:8"]
+    shown = fedvb("plan", "--model", "llama-2-13b", "--rank", "6", "--adapters", ",".join(names))
+    assert (shown.code, shown.err) == (0, "")
+    assert "…" not in shown.out
+    figures = shown.out.split("sends 1/")[0]
+    assert {*names, "188,284,928", "250,347,520"} <= set(figures.split())
+    assert "r 6, h 2048, b 256, k 2" in figures
+    assert ("│" in figures) == (width == 300)
+    if width == 80:
+        assert max(map(len, figures.splitlines())) <= width
+
+
+def test_what_is_sent_is_told_with_the_head_and_without(fedvb: Run):
+    """On both sides, where there is one; and which rows have it in them."""
+    typed = ["plan", "--model", "roberta-base", "--classes", "77", "--adapters", "vblora:90,lora:8"]
+    shown, found = fedvb(*typed), json.loads(fedvb(*typed, "--json").out)["adapters"]
+    lora, ours = found["lora:8"], found["vblora:90"]
+    assert lora["head_float32_bytes"] == pytest.approx(4 * lora["head"], rel=1e-3)
+    alone = lora["float32_bytes"] / ours["up_bytes_first"]
+    whole = (lora["float32_bytes"] + lora["head_float32_bytes"]) / (
+        ours["up_bytes_first"] + ours["head_up_bytes"]
+    )
+    told = " ".join(shown.out.split())
+    assert f"1/{alone:,.0f} of lora:8 in float32 in round 1 without the head, 1/{whole:,.0f} with it." in told
+    assert "a client, 10 rounds, head too" in told
+    assert "10 clients, head too" in told
+    without = fedvb("plan", "--model", "gpt2").out
+    assert "head" not in without.split("Numbers stored")[0]
+
+
+def test_the_papers_counts_as_json(fedvb: Run):
+    shown = fedvb("plan", "--paper", "--json")
+    assert (shown.code, shown.err) == (0, "")
+    found = json.loads(shown.out)
+    assert len(found) == len(PUBLISHED)
+    assert found[0]["published"]["model"] == "roberta-base"
+    assert (found[1]["counted"], found[1]["agrees"]) == (26_928, True)
+
+
+@pytest.mark.parametrize("option", ["start", "alpha", "topk", "wire-feedback", "adapter"])
+def test_a_plan_takes_no_option_that_it_does_not_heed(fedvb: Run, option: str):
+    assert f"No such option '--{option}'" in fedvb("plan", "--model", "gpt2", f"--{option}", "1").err
+    assert f"--{option} " not in fedvb("plan", "--help").out
+
+
 @pytest.mark.parametrize(
     ("typed", "told"),
     [
