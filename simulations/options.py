@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from click.core import ParameterSource
+from rich.markup import escape
 
 if TYPE_CHECKING:  # it needs torch, which takes seconds to import
     from simulations.config import Config
@@ -188,9 +189,10 @@ def typed(context: typer.Context) -> dict[str, Any]:
 
 
 def _parameter(key: str, default: Any, text: str, panel: str) -> inspect.Parameter:
-    option: Any = typer.Option(help=text, rich_help_panel=panel)
+    told: dict[str, Any] = {"help": escape(text), "rich_help_panel": panel}
     if key in LEAST:
-        option = typer.Option(help=text, rich_help_panel=panel, min=LEAST[key], metavar="INTEGER")
+        told |= {"min": LEAST[key], "metavar": "INTEGER"}
+    option: Any = typer.Option(**told)
     kind: Any = int | None if default is None else type(default)
     return inspect.Parameter(
         key.replace("-", "_"),

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from rich.text import Text
 
 import fl_client.site
 from fl_server.config_file import CONFIG_FILE, read_config
+from simulations.cli import app
 from tests.simulations.conftest import Outcome, Run, read_history
 
 WIDTH = 80
@@ -304,6 +307,17 @@ def test_help_fits_and_names_every_option(fedvb: Run, monkeypatch: pytest.Monkey
     shown = fedvb("simulate", "--help")
     for option in ISSUE_2.split():
         assert f"--{option} " in shown.out
+
+
+def test_no_help_loses_what_stands_in_brackets(fedvb: Run, monkeypatch: pytest.MonkeyPatch):
+    """Help is markup: a name in brackets, as of an extra, would be taken for a style."""
+    commands = [typer.main.get_command(app)]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        for text in (command.help, *(getattr(option, "help", None) for option in command.params)):
+            assert Text.from_markup(text or "").plain == (text or "").replace("\\[", "[")
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    assert "fed-vblora[text-scores]" in fedvb("simulate", "--help").out
 
 
 def test_what_a_run_prints(fedvb: Run, small: list[str], monkeypatch: pytest.MonkeyPatch):
