@@ -113,6 +113,8 @@ def look_ahead(configs: Sequence[Config]) -> Probe:
 def _probe(configs: Sequence[Config], connection: Connection) -> None:
     try:
         connection.send(_look(configs))
+    except BrokenPipeError:
+        raise
     except FedVBError as error:
         connection.send(error)
     except Exception:

@@ -9,11 +9,12 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -147,23 +148,45 @@ def start_process(target: Callable[..., None], *arguments: Any) -> tuple[BasePro
     """Start a process that is given `arguments` and, last, a connection; what it sends comes out of ours.
 
     It comes from a server that has imported the libraries, once, and used none of them: that takes seconds.
-    It may have children of its own.
+    It may have children of its own. Server and process are deaf to Ctrl-C, and end with this process.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_live, args=(Path.cwd(), target, *arguments, theirs))
+    _start_server()
     process.start()
     theirs.close()
     return process, ours
+
+
+def _start_server() -> None:
+    """Start the server of `start_process` with SIGINT blocked, as it and all that comes from it keep it."""
+    resource_tracker.ensure_running()  # when it starts it unblocks SIGINT again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _live(folder: Path, target: Callable[..., None], *arguments: Any) -> None:
     """Do the work of a process, deaf to Ctrl-C: whoever started it ends it, and then it cleans up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.chdir(folder)
-    target(*arguments)
+    try:
+        target(*arguments)
+    except BrokenPipeError:  # nobody waits for us any more; what is done is on disk
+        os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """End this process once the one that started it is gone."""
+    if parent := parent_process():
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def end_processes(processes: Sequence[BaseProcess], patience: float = 0.0) -> None:
@@ -206,8 +229,8 @@ def _train(config: Config, layout: Layout, connection: Connection) -> None:
         }
         write_atomic(out / MEASURED, json.dumps(measured) + "\n")
         connection.send("")
-    except BrokenPipeError:  # nobody waits for us any more; what is done is on disk
-        os._exit(1)
+    except BrokenPipeError:
+        raise
     except FedVBError as error:
         connection.send(str(error) or type(error).__name__)
     except Exception:

@@ -187,9 +187,45 @@ def test_stopped_in_the_middle_it_goes_on(how: signal.Signals, short: list[str],
             assert gone_on[key] == adapter["runs"][0][key]
 
 
-def _running(session: int) -> bool:
-    """Whether any process of a session is left."""
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "seconds"), [(3, 1.5), (4, 0.2)], ids=["importing", "looking ahead"])
+def test_stopped_early(processes: int, seconds: float, short: list[str], tmp_path: Path):
+    """Ctrl-C while a server imports the libraries, and while the probe is at work: a line, no process left.
+
+    There are this process, the tracker of resources, the server, and the probe.
+    """
+    typed = [sys.executable, "-m", "simulations.cli", "compare", *short, "--seeds", "1", "--out", "cmp"]
+    process = subprocess.Popen(
+        typed,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while len(_processes(process.pid)) < processes:
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert out == "stopped: what is finished in cmp is kept; go on with the same command\n"
+    assert process.returncode == 130
+    end = time.monotonic() + 60
+    while _running(process.pid):
+        assert time.monotonic() < end, "a process was left"
+        time.sleep(0.5)
+
+
+def _processes(session: int) -> list[str]:
+    """States of the processes of a session."""
     found = subprocess.run(
         ["ps", "-s", str(session), "-o", "stat="], capture_output=True, text=True, check=False
     )
-    return any(not line.startswith("Z") for line in found.stdout.split())
+    return found.stdout.split()
+
+
+def _running(session: int) -> bool:
+    """Whether any process of a session is left."""
+    return any(not state.startswith("Z") for state in _processes(session))
