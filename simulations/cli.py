@@ -203,7 +203,7 @@ def inspect(
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
-    out: Annotated[Path, typer.Option(help="PNG file to write.")],
+    out: Annotated[Path, typer.Option(help="Picture to write: png, svg or pdf.")],
 ) -> None:
     """Draw the scores of finished runs against rounds and against bytes, in one picture."""
     from fl_server.plot import plot_score

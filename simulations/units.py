@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
+from fl_server.axes import size
+
 __all__ = ["duration", "last_evaluations", "size"]
-
-
-def size(count: float) -> str:
-    """Bytes for people: 1 kB is 1,000 bytes."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def duration(seconds: float) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fl_server.axes import byte_axis, round_axis, round_size
 from simulations.compare.results import Comparison, Row, mean_curve
-from simulations.units import size
 from vblora.files import write_atomic
 
 __all__ = ["DARK", "LIGHT", "Theme", "by_bytes", "by_round", "by_section", "save_png", "svg"]
@@ -40,13 +40,11 @@ LONGEST_IN_TWO = 24  # letters of an entry of the legend, for two columns
 
 def by_round(comparison: Comparison, theme: Theme = LIGHT) -> Any:
     """Mean score against rounds, a band from the least to the most of the seeds."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, axes = _figure(theme)
     for place, row in enumerate(comparison.rows):
         points = mean_curve(row)
         _line(axes, [number for number, _, _ in points], points, row, place, comparison, theme)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    round_axis(axes.xaxis)
     axes.set(xlabel="round", ylabel=comparison.metric)
     _finish(axes, figure, theme)
     return figure
@@ -54,8 +52,6 @@ def by_round(comparison: Comparison, theme: Theme = LIGHT) -> Any:
 
 def by_bytes(comparison: Comparison, theme: Theme = LIGHT) -> Any:
     """Mean score against the bytes so far: both directions, all clients, on a logarithmic axis."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     figure, axes = _figure(theme)
     least, most = [], []
     for place, row in enumerate(comparison.rows):
@@ -65,10 +61,7 @@ def by_bytes(comparison: Comparison, theme: Theme = LIGHT) -> Any:
             most.append(points[-1][1])
         _line(axes, [sent for _, sent, _ in points], points, row, place, comparison, theme)
     axes.set_xscale("log")
-    narrow = bool(least) and max(most) < 100 * min(least)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _round_size(value)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    byte_axis(axes.xaxis, min(least, default=1), max(most, default=1000))
     axes.set(xlabel="sent, both directions, all clients", ylabel=comparison.metric)
     _finish(axes, figure, theme)
     return figure
@@ -100,7 +93,7 @@ def by_section(comparison: Comparison, theme: Theme = LIGHT) -> Any:
         )
     axes.set_xscale("log")
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _round_size(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: round_size(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="up, a client a round")
     axes.grid(False, axis="y")
@@ -178,8 +171,3 @@ def _finish(axes: Any, figure: Any, theme: Theme) -> None:
         frameon=False,
         labelcolor=theme.text,
     )
-
-
-def _round_size(count: float) -> str:
-    """A tick: 10 MB rather than 10.0 MB."""
-    return size(count).replace(".0 ", " ").replace(".00 ", " ")
