@@ -86,6 +86,10 @@ def _source(model: str) -> str:
     if name in known_models():
         return str(resources.files("simulations").joinpath("shapes", f"{name}.json"))
     path = Path(model).expanduser()
+    if path.suffix == ".json" and not path.is_file():
+        raise ModelError(
+            f"--model: {model}: no such file; expected a config.json, a folder with one, or a hub id"
+        )
     return str(path) if path.is_file() else find_model(model)
 
 

@@ -142,7 +142,7 @@ def compare(
     """
     from simulations.adapters import parse_adapters
     from simulations.bench.tables import print_table
-    from simulations.compare.files import write_files
+    from simulations.compare.files import unreported, write_files
     from simulations.compare.protocol import Protocol, contenders
     from simulations.compare.study import compare as run
     from simulations.compare.tables import few_columns
@@ -164,4 +164,6 @@ def compare(
     print_table("", outcome.comparison.rows, few_columns(outcome.comparison))
     for line in outcome.verdict:
         console.print(line, markup=False, highlight=False)
+    if others := unreported(outcome.protocol):
+        console.print(f"kept, not in the report: runs of {', '.join(others)}", markup=False, soft_wrap=True)
     console.print(f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)

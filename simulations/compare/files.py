@@ -8,12 +8,13 @@ from typing import Any
 
 from simulations.compare.page import page
 from simulations.compare.plots import by_bytes, by_round, by_section, save_png
+from simulations.compare.protocol import Protocol
 from simulations.compare.results import as_json
 from simulations.compare.study import Outcome
 from simulations.compare.tables import columns, markdown, section_cells
 from vblora.files import write_atomic
 
-__all__ = ["write_files"]
+__all__ = ["unreported", "write_files"]
 
 PICTURES = {"score-by-round.png": by_round, "score-by-bytes.png": by_bytes, "bytes-by-part.png": by_section}
 
@@ -28,6 +29,12 @@ def write_files(outcome: Outcome, command: str) -> None:
     write_atomic(out / "report.html", page(outcome, command))
 
 
+def unreported(protocol: Protocol) -> list[str]:
+    """Folders of runs that lie there of adapters that were not named this time."""
+    named = {protocol.folder(name) for name in protocol.contenders}
+    return sorted(path.name for path in (protocol.out / "runs").glob("*") if path not in named)
+
+
 def _content(outcome: Outcome, command: str) -> dict[str, Any]:
     protocol = outcome.protocol
     return {
@@ -35,7 +42,7 @@ def _content(outcome: Outcome, command: str) -> dict[str, Any]:
         **as_json(outcome.comparison),
         "protocol": {
             "command": command,
-            "config": dict(protocol.base),
+            "config": {**protocol.base, "out": str(protocol.out)},
             "contenders": {name: asdict(contender) for name, contender in protocol.contenders.items()},
             "seeds": protocol.seeds,
             "tune": protocol.tune,

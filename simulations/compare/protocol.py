@@ -117,10 +117,12 @@ class Protocol:
             for contender in self.contenders.values()
         ]
 
+    def folder(self, name: str, *, tuning: bool = False) -> Path:
+        """Where all runs of a contender lie."""
+        return self.out / ("tuning" if tuning else "runs") / name.replace(":", "-").replace(" ", "-")
+
     def _planned(self, contender: Contender, rate: float, seed: int, *, tuning: bool) -> Planned:
-        place = (
-            self.out / ("tuning" if tuning else "runs") / contender.name.replace(":", "-").replace(" ", "-")
-        )
+        place = self.folder(contender.name, tuning=tuning)
         config: Config = {
             **self.base,
             **contender.keys,

@@ -84,14 +84,14 @@ def markdown(headings: Sequence[str], cells: Cells) -> str:
 
 
 def section_cells(comparison: Comparison) -> tuple[list[str], Cells]:
-    """Headings and cells of the bytes that go up, a client a round, by section."""
+    """Headings and cells of the bytes that go up, a client a round: in all, then by section."""
     names = list(dict.fromkeys(name for row in comparison.rows for name in row.sections))
-    headings = ["adapter", *names, "all"]
+    headings = ["adapter", "all", *names]
     cells = [
         [
             row.name,
+            size(row.mean("up")),
             *(size(row.sections[name]) if name in row.sections else "" for name in names),
-            size(sum(row.sections.values())),
         ]
         for row in comparison.rows
     ]
@@ -103,10 +103,16 @@ def difference(found: Interval | None, metric: str) -> str:
     if found is None:
         return ""
     factor, places = (100, 1) if metric == "accuracy" else (1, 4)
-    shown = f"{factor * found.mean:+.{places}f}"
+    shown = _signed(factor * found.mean, places)
     if found.low is not None and found.high is not None:
-        shown += f" ({factor * found.low:+.{places}f} to {factor * found.high:+.{places}f})"
-    return shown.replace("-", "−")
+        shown += f" ({_signed(factor * found.low, places)} to {_signed(factor * found.high, places)})"
+    return shown
+
+
+def _signed(value: float, places: int) -> str:
+    """With its sign, but for what is rounded to nothing."""
+    shown = f"{value:+.{places}f}"
+    return shown.replace("-", "−") if float(shown) else shown[1:]
 
 
 def verdict(comparison: Comparison) -> list[str]:

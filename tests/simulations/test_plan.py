@@ -233,6 +233,7 @@ def test_a_plan_takes_no_option_that_it_does_not_heed(fedvb: Run, option: str):
     [
         ("", "--model: which one?"),
         ("--model llama-9", "no config of llama-9"),
+        ("--model /nope/config.json", "/nope/config.json: no such file; expected a config.json, a folder"),
         ("--model gpt2 --adapters dora", "kind is 'dora', expected one of vblora"),
         ("--model gpt2 --rounds 0 --clients 0", "clients is 0, expected at least 1; rounds is 0"),
         ("--model gpt2 --link fast", "link is 'fast'"),

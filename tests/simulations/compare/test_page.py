@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from simulations.compare.files import write_files
+from simulations.compare.files import unreported, write_files
 from simulations.compare.page import page
 from simulations.compare.plots import DARK, by_bytes, by_round, by_section, svg
 from simulations.compare.results import compared
@@ -129,6 +129,7 @@ def test_all_files_of_a_comparison(tmp_path: Path):
     }
     content = json.loads((tmp_path / "comparison.json").read_text())
     assert content["baseline"] == "lora:8 float32"
+    assert content["protocol"]["config"]["out"] == str(tmp_path)
     assert content["protocol"]["trials"]["vblora"][2] == {"rate": 0.016, "scores": [0.72], "chosen": True}
     assert content["verdict"][0].startswith("lora:8 came to 98%")
     table = (tmp_path / "comparison.md").read_text()
@@ -136,3 +137,10 @@ def test_all_files_of_a_comparison(tmp_path: Path):
     assert "| vblora | 0.7800 ± 0.0000 |" in table
     for name in ("score-by-round.png", "score-by-bytes.png", "bytes-by-part.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_adapters_that_were_not_named_again_are_told(tmp_path: Path):
+    for name in ("vblora", "lora-8", "lora-8-float32", "lora-xs-32"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert unreported(made_outcome(tmp_path).protocol) == ["lora-xs-32"]
+    assert unreported(made_outcome(tmp_path / "none").protocol) == []

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from simulations.compare.results import Comparison, compared
-from simulations.compare.scores import Reached
-from simulations.compare.tables import columns, few_columns, markdown, section_cells, verdict
+from simulations.compare.scores import Interval, Reached
+from simulations.compare.tables import columns, difference, few_columns, markdown, section_cells, verdict
 from tests.simulations.compare.made import made_comparison, made_result
 
 
@@ -129,8 +133,27 @@ def test_columns_show_every_row():
 
 def test_bytes_by_section():
     headings, cells = section_cells(made_comparison())
-    assert headings == ["adapter", "rows", "frame", "all"]
-    assert cells[1] == ["vblora", "400 B", "100 B", "500 B"]
+    assert headings == ["adapter", "all", "rows", "frame"]
+    assert cells[1] == ["vblora", "500 B", "400 B", "100 B"]
+
+
+def test_what_goes_up_in_all_is_told_once():
+    """Not rounded otherwise from one table to the next."""
+    result = replace(made_result(0, [0.5, 0.8], 9, rows=64349.6, frame=0.1), up=64350)
+    comparison = compared({"lora:8": [result]}, "lora:8", "accuracy")
+    assert section_cells(comparison)[1][0][1] == columns(comparison)["up"](comparison.rows[0])
+
+
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        (Interval(-0.0001, None, None, 1), "0.0"),
+        (Interval(0.0001, -0.0104, 0.0004, 2), "0.0 (−1.0 to 0.0)"),
+        (Interval(0.012, 0.0004, 0.024, 2), "+1.2 (0.0 to +2.4)"),
+    ],
+)
+def test_no_difference_has_no_sign(found: Interval, shown: str):
+    assert difference(found, "accuracy") == shown
 
 
 def test_a_mean_of_fewer_than_three_evaluations_is_named_so():
