@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def plot_score(runs: Sequence[Path], target: Path) -> None:
         raise ConfigError(f"{target}: ends in {ending!r}, expected one of {', '.join(ENDINGS)}")
     from matplotlib.figure import Figure  # slow to import, and only needed at the end
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6 + 0.2 * len(runs)), layout="constrained")
     by_round, by_bytes = figure.subplots(1, 2, sharey=True)
     summaries = [_summary(run) for run in runs]
     reach = []
@@ -68,16 +69,19 @@ def plot_score(runs: Sequence[Path], target: Path) -> None:
     for axes in (by_round, by_bytes):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    by_round.legend(frameon=False)
+    figure.legend(*by_round.get_legend_handles_labels(), loc="outside lower center", frameon=False)
     drawing = io.BytesIO()
     figure.savefig(drawing, dpi=120, format=ending[1:])
     write_atomic(target, drawing.getvalue())
 
 
 def _names(runs: Sequence[Path], summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """KIND or KIND:NUMBER of each run, and where two are alike its folder, or the whole path to it."""
+    """KIND or KIND:NUMBER of each run, and where two are alike its folder, or as much of its path as tells
+    them apart."""
     kinds = [_kind(run, summary["adapter"]) for run, summary in zip(runs, summaries, strict=True)]
-    paths = [f"{kind}, {run}" for kind, run in zip(kinds, runs, strict=True)]
+    shared = os.path.commonpath([run.absolute() for run in runs])
+    below = [run.absolute().relative_to(shared) for run in runs]
+    paths = [f"{kind}, {path}" for kind, path in zip(kinds, below, strict=True)]
     folders = [f"{kind}, {run.name}" for kind, run in zip(kinds, runs, strict=True)]
     return next((names for names in (kinds, folders) if len({*names}) == len(runs)), paths)
 
