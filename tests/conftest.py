@@ -5,6 +5,7 @@ import importlib.util
 import os
 import resource
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
 os.environ["FLWR_HOME"] = tempfile.mkdtemp(prefix="fedvb-flwr-")
 atexit.register(shutil.rmtree, os.environ["FLWR_HOME"], ignore_errors=True)
+
+# A shell starts what it puts into the background with interrupts ignored, and tests send some.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

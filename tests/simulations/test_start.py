@@ -23,7 +23,7 @@ pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[pef
 def trained(tiny_bert: Path, topics: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that knows the topics, and its exports beside it."""
     out = tmp_path_factory.mktemp("runs") / "first"
-    config = small_config(tiny_bert, topics, out, rounds=6, local_steps=15, batch_size=16, partition="iid")
+    config = small_config(tiny_bert, topics, out, rounds=12, local_steps=15, batch_size=16, partition="iid")
     simulate(config | {"lr-head": 0.2, "lr-bank": 0.02})
     for form in ("full", "topk"):
         export_run(out, out / form, form=form)  # type: ignore[arg-type]
