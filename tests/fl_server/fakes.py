@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fl_server.exchange import NEED_STATE, Kind, Reply, Request
+from fl_server.rounds import run_rounds
 from fl_server.settings import ServerSettings
 from vblora.errors import UnknownStateError
+from vblora.files import load_state
 from vblora.spec import Blueprint, HeadTensor, Linear, VBLoRASpec
 from vblora.state import State, TopK, Update
-from vblora.wire import decode_state, encode_update
+from vblora.wire import decode_state, decode_update, encode_update
 
 SPEC = VBLoRASpec(rank=2, num_vectors=8, vector_length=4, topk=2, seed=5)
 
@@ -144,3 +146,27 @@ def read_history(out: Path) -> list[dict[str, Any]]:
     """The records without the one field that may differ between two runs of one seed."""
     lines = (out / "history.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def run(out: Path, exchange: FakeExchange | None = None, **options: Any) -> dict[str, Any]:
+    return run_rounds(exchange or make_exchange(), make_settings(out, **options))
+
+
+def content(out: Path) -> dict[str, Any]:
+    """Everything that two equal runs share."""
+    summary = json.loads((out / "summary.json").read_text())
+    summary.pop("seconds")
+    state, _ = load_state(out / "adapter" / "adapter.safetensors")
+    return {"history": read_history(out), "summary": summary, "digest": state.digest.hex()}
+
+
+class QuietClient(FakeClient):
+    """Leaves alone what is frozen, or the head and the logits where they are its own."""
+
+    def train(self, state: State, request: Request) -> Reply:
+        reply = super().train(state, request)
+        update = decode_update(reply.blob, self.blueprint, state)
+        silent = str(request.config.get("frozen", "head,logits"))
+        dense = {name: change * np.float32(name not in silent) for name, change in update.dense.items()}
+        topk = state.topk if "logits" in silent else update.topk
+        return replace(reply, blob=encode_update(replace(update, dense=dense, topk=topk), self.blueprint))

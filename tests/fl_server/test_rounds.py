@@ -1,16 +1,10 @@
-"""The loop: one seed one history, rejection by name, resume after a stop at any point."""
+"""The loop: one seed one history, rejection by name."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,51 +14,25 @@ import pytest
 
 from fl_server.attendance import Attendance
 from fl_server.events import EventLog
-from fl_server.exchange import Kind, Reply, Request
-from fl_server.observer import LogObserver
+from fl_server.exchange import Reply, Request
 from fl_server.rounds import run_rounds
-from fl_server.stepping import StepSettings
 from fl_server.training import sample_clients
-from tests.conftest import full_disk
 from tests.fl_server.fakes import (
     SPEC,
     FakeClient,
     FakeExchange,
+    QuietClient,
+    content,
     make_blueprint,
     make_exchange,
     make_settings,
     read_history,
+    run,
 )
 from vblora.errors import RunError
 from vblora.files import load_state
 from vblora.frame import read_blob, section_bytes, write_blob
-from vblora.state import State
 from vblora.wire import decode_update, encode_update, initial
-
-
-def run(out: Path, exchange: FakeExchange | None = None, **options: Any) -> dict[str, Any]:
-    return run_rounds(exchange or make_exchange(), make_settings(out, **options))
-
-
-def content(out: Path) -> dict[str, Any]:
-    """Everything that two equal runs share."""
-    summary = json.loads((out / "summary.json").read_text())
-    summary.pop("seconds")
-    state, _ = load_state(out / "adapter" / "adapter.safetensors")
-    return {"history": read_history(out), "summary": summary, "digest": state.digest.hex()}
-
-
-class QuietClient(FakeClient):
-    """Leaves alone what is frozen, or the head and the logits where they are its own."""
-
-    def train(self, state: State, request: Request) -> Reply:
-        reply = super().train(state, request)
-        update = decode_update(reply.blob, self.blueprint, state)
-        silent = str(request.config.get("frozen", "head,logits"))
-        dense = {name: change * np.float32(name not in silent) for name, change in update.dense.items()}
-        topk = state.topk if "logits" in silent else update.topk
-        return replace(reply, blob=encode_update(replace(update, dense=dense, topk=topk), self.blueprint))
-
 
 # --- A run ----------------------------------------------------------------------------------------
 
@@ -383,320 +351,6 @@ def test_a_loss_that_cannot_be_stays_out_of_the_mean(tmp_path: Path, loss: float
     run(tmp_path / "b", make_exchange(tamper=none))
     assert all(0 < record["train_loss"] < 2 for record in read_history(tmp_path / "a")[1:])
     assert all(record["train_loss"] is None for record in read_history(tmp_path / "b"))
-
-
-# --- Hello ----------------------------------------------------------------------------------------
-
-
-def test_clients_that_do_not_fit_are_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    other = make_blueprint(replace(SPEC, topk=3))
-    members = [FakeClient(str(number), other if number == 3 else make_blueprint()) for number in range(8)]
-
-    def tamper(request: Request, reply: Reply) -> list[Reply]:
-        if request.kind != "hello":
-            return [reply]
-        broken = {
-            "1": [],
-            "2": [replace(reply, text="{")],
-            "4": [Reply("4", error="no data")],
-            "6": [replace(reply, text="[" * 200_000)],
-            "7": [replace(reply, text=" " * 5_000_000)],
-        }
-        return broken.get(request.client, [reply])
-
-    summary = run(tmp_path, FakeExchange(members, tamper), clients=8)
-    assert summary["clients"] == 2
-    told = "\n".join(caplog.messages)
-    assert "client 1 refused: no answer within 600 seconds" in told
-    assert "client 2 refused: its answer is not JSON" in told
-    assert "client 3 refused: its adapter is " in told
-    assert "client 4 refused: no data" in told
-    assert "client 6 refused: its answer is nested too deeply" in told
-    assert "client 7 refused: its answer has 5000000 characters, expected 4194304 at most" in told
-
-
-FORGED = "no\n2026-01-01 client 3 is fine\x1b[2J\x1b]0;owned\x07\u202e" + "x" * 9999
-
-
-@pytest.mark.parametrize("kind", ["hello", "train", "evaluate"])
-def test_nothing_that_a_client_says_forges_a_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
-):
-    def forge(request: Request, reply: Reply) -> list[Reply]:
-        if request.kind != kind or request.client != "1":
-            return [reply]
-        if kind == "hello":
-            lies: dict[str, Any] = {"fingerprint": FORGED, "versions": {FORGED: FORGED, "fed-vblora": FORGED}}
-            return [replace(reply, text=json.dumps(json.loads(reply.text) | lies))]
-        return [Reply("1", error=FORGED)]
-
-    run(tmp_path, make_exchange(tamper=forge), rounds=1, clients_per_round=5)
-    lines = [line for line in caplog.messages if "client 1" in line]
-    assert lines
-    assert all(line.isprintable() and len(line) < 700 for line in lines)
-    for fault in read_history(tmp_path)[1]["rejected"]:
-        assert fault["reason"].isprintable()
-
-
-def test_a_drop_out_and_generated_texts_forge_no_line(tmp_path: Path):
-    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed: pip install -e '.[text-scores]'")
-    reasons: list[str] = []
-
-    class Ear(LogObserver):
-        def client_dropped(self, number: int, client: str, reason: str) -> None:
-            reasons.append(reason)
-
-        def reply_received(self, number: int, kind: Kind, client: str, fault: str, size: int = 0) -> None:
-            reasons.append(fault)
-
-    def forge(request: Request, reply: Reply) -> list[Reply]:
-        if request.client != "1" or request.kind not in ("train", "evaluate"):
-            return [reply]
-        told = {"dropped": 1} if request.kind == "train" else reply.metrics
-        return [replace(reply, blob=b"", metrics=told, text=FORGED)]
-
-    settings = make_settings(tmp_path, rounds=1, clients_per_round=5, eval_generate=2)
-    run_rounds(make_exchange(tamper=forge), settings, Ear())
-    assert [reason.partition(" 2026")[0] for reason in reasons if "owned" in reason] == [
-        "no",
-        "evaluation: no",
-    ]
-    assert all(reason == "" or reason.isprintable() for reason in reasons)
-
-
-def test_nobody_is_left(tmp_path: Path):
-    def tamper(request: Request, reply: Reply) -> list[Reply]:
-        return [replace(reply, text='{"fingerprint": 3, "versions": {}, "examples": 1}')]
-
-    with pytest.raises(
-        RunError, match="hello: none of 5 clients can take part: 0: its answer has fingerprint = 3"
-    ):
-        run(tmp_path, make_exchange(tamper=tamper))
-    assert not tmp_path.exists() or not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"blueprint": "{}"}, "client 0: blueprint: not readable"),
-        ({"blueprint": make_blueprint(replace(SPEC, seed=9)).to_json()}, "client 0: it describes adapter"),
-        (
-            {"metric": {"name": "bleu", "higher_is_better": True}},
-            "its metric is 'bleu', expected one of accuracy",
-        ),
-        ({"metric": None}, "its answer has metric = None, expected dict"),
-        ({"data": json.loads("[" * 500 + "]" * 500)}, "its answer is nested too deeply"),
-        ({"blueprint": "[" * 200_000}, "client 0: blueprint: not readable"),
-    ],
-)
-def test_a_description_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], reason: str):
-    def tamper(request: Request, reply: Reply) -> list[Reply]:
-        if request.kind == "describe":
-            return [replace(reply, text=json.dumps(json.loads(reply.text) | change))]
-        return [reply]
-
-    with pytest.raises(RunError, match=f"describe: .*{reason}"):
-        run(tmp_path, make_exchange(tamper=tamper))
-
-
-# --- Resume ---------------------------------------------------------------------------------------
-
-
-class Crash(BaseException):
-    """As good as a kill: nothing of ours catches it."""
-
-
-@dataclass
-class Bomb:
-    """Counts points where the process may die, and dies at one of them."""
-
-    at: int
-    passed: int = 0
-
-    def tick(self) -> None:
-        self.passed += 1
-        if self.passed == self.at:
-            raise Crash
-
-
-def resumable(out: Path) -> bool:
-    return (out / "history.jsonl").exists()
-
-
-def test_killed_at_every_point_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Before and after every file operation, and at every reply."""
-    run(tmp_path / "whole", rounds=3)
-    expected = content(tmp_path / "whole")
-    real = {name: getattr(os, name) for name in ("fsync", "replace")}
-
-    for at in itertools.count(1):
-        out, bomb = tmp_path / str(at), Bomb(at)
-
-        def reply_or_die(request: Request, reply: Reply, bomb: Bomb = bomb) -> list[Reply]:
-            bomb.tick()
-            return [reply]
-
-        for name, function in real.items():
-
-            def file_or_die(*arguments: Any, function: Any = function, bomb: Bomb = bomb) -> None:
-                bomb.tick()
-                function(*arguments)
-                bomb.tick()
-
-            monkeypatch.setattr(os, name, file_or_die)
-        try:
-            run(out, make_exchange(tamper=reply_or_die), rounds=3)
-        except Crash:
-            pass
-        else:
-            assert bomb.passed < at
-            break
-        finally:
-            monkeypatch.undo()
-        run(out, resume=resumable(out), rounds=3)
-        assert content(out) == expected, f"died at point {at}"
-    assert at > 60
-
-
-@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-def test_what_the_server_remembers_survives(tmp_path: Path, optimizer: str):
-    step = StepSettings(optimizer, rate=0.1, decay=0.7)
-    run(tmp_path / "whole", step=step)
-    interrupted(tmp_path / "cut", 2, step=step)
-    run(tmp_path / "cut", resume=True, step=step)
-    assert content(tmp_path / "cut") == content(tmp_path / "whole")
-
-
-def interrupted(out: Path, rounds: int, **options: Any) -> None:
-    """A run that was stopped by Ctrl-C in the round after `rounds`."""
-
-    def stop(request: Request, reply: Reply) -> Iterator[Reply]:
-        if request.config.get("round") == rounds + 1:
-            raise KeyboardInterrupt
-        yield reply
-
-    with pytest.raises(KeyboardInterrupt):
-        run(out, make_exchange(tamper=stop), **options)
-
-
-def test_ctrl_c_leaves_the_run_resumable(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    interrupted(tmp_path / "a", 2)
-    assert "stopped; round 2 is saved, go on with resume" in caplog.messages
-    assert not (tmp_path / "a" / "summary.json").exists()
-    run(tmp_path / "a", resume=True)
-    run(tmp_path / "b")
-    assert content(tmp_path / "a") == content(tmp_path / "b")
-
-
-@pytest.mark.parametrize("left", [0.0, 0.3, 0.9, 0.999])
-def test_files_cut_short_by_a_kill(tmp_path: Path, left: float):
-    run(tmp_path / "b")
-    for damaged in ("history.jsonl", "checkpoints/round-00002.safetensors"):
-        out = tmp_path / damaged.replace("/", "-")
-        interrupted(out, 2)
-        path = out / damaged
-        whole = path.read_bytes()
-        if damaged == "history.jsonl":  # half of the next line stands there
-            path.write_bytes(whole + whole.splitlines()[-1][: int(left * 100)])
-        else:
-            path.write_bytes(whole[: int(left * len(whole))])
-        (out / "checkpoints" / ".round-00003.safetensors.abc").write_bytes(b"half")
-        run(out, resume=True)
-        assert content(out) == content(tmp_path / "b")
-        assert not list((out / "checkpoints").glob(".*"))
-
-
-@pytest.mark.parametrize("most", [900, 1400, 2000, 2600])
-def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_room(tmp_path: Path, most: int):
-    """A file that cannot grow is a checkpoint, or the history, whole or in the middle of a line."""
-    with full_disk(most), pytest.raises(OSError, match="File too large"):
-        run(tmp_path / "a")
-    assert not list((tmp_path / "a").rglob(".*")), "nothing half written is left"
-    run(tmp_path / "a", resume=True)
-    run(tmp_path / "b")
-    assert content(tmp_path / "a") == content(tmp_path / "b")
-
-
-def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    (tmp_path / "events.jsonl").mkdir()
-    run_rounds(make_exchange(), make_settings(tmp_path, rounds=1), EventLog(tmp_path))
-    assert (tmp_path / "summary.json").exists()
-    (told,) = (line for line in caplog.messages if "events.jsonl" in line)
-    assert told.endswith("cannot be written (Is a directory)")
-
-
-@pytest.mark.slow
-def test_sigkill_of_a_real_process(tmp_path: Path):
-    """`kill -9` at twenty moments of a run, then resume."""
-    run(tmp_path / "whole", rounds=6)
-    expected = content(tmp_path / "whole")
-    code = (
-        "import sys, time, pathlib, tests.fl_server.test_rounds as t\n"
-        "slow = lambda request, reply: time.sleep(0.01) or [reply]\n"
-        "t.run(pathlib.Path(sys.argv[1]), t.make_exchange(tamper=slow), rounds=6)\n"
-    )
-    for at in range(20):
-        out = tmp_path / str(at)
-        process = subprocess.Popen([sys.executable, "-c", code, str(out)])
-        while not resumable(out) and process.poll() is None:
-            time.sleep(0.001)
-        time.sleep(0.02 * at)
-        process.kill()
-        process.wait()
-        run(out, resume=True, rounds=6)
-        assert content(out) == expected
-
-
-def test_rounds_may_be_raised_and_nothing_to_do_is_fine(tmp_path: Path):
-    options = {"schedule": "constant", "eval_every": 1}
-    run(tmp_path / "a", rounds=2, **options)
-    before = content(tmp_path / "a")
-    run(tmp_path / "a", rounds=2, resume=True, **options)
-    assert content(tmp_path / "a") == before
-    run(tmp_path / "a", rounds=4, resume=True, **options)
-    run(tmp_path / "b", rounds=4, **options)
-    assert content(tmp_path / "a") == content(tmp_path / "b")
-    with pytest.raises(RunError, match="the run has finished round 4, but rounds is 3"):
-        run(tmp_path / "a", rounds=3, resume=True, **options)
-
-
-def test_directories_that_are_taken_missing_or_damaged(tmp_path: Path):
-    with pytest.raises(RunError, match="no run to resume"):
-        run(tmp_path / "a", resume=True)
-    interrupted(tmp_path / "a", 2)
-    with pytest.raises(RunError, match="taken by a run; go on with --resume or choose another --out"):
-        run(tmp_path / "a")
-
-    history = tmp_path / "a" / "history.jsonl"
-    lines = history.read_text().splitlines(keepends=True)
-    history.write_text("".join(lines[:2]))
-    with pytest.raises(RunError, match="ends before round 2, but there is a checkpoint of round 2"):
-        run(tmp_path / "a", resume=True)
-    history.write_text("".join([lines[0], "{}\n", lines[2]]))
-    with pytest.raises(RunError, match="line 2 is damaged, expected the record of round 1"):
-        run(tmp_path / "a", resume=True)
-    history.write_text("".join(lines))
-
-    checkpoints = sorted((tmp_path / "a" / "checkpoints").iterdir())
-    for path in checkpoints:
-        path.write_bytes(b"nothing")
-    with pytest.raises(RunError, match="no readable checkpoint"):
-        run(tmp_path / "a", resume=True)
-    for path in checkpoints:
-        path.unlink()
-    with pytest.raises(RunError, match="has 3 rounds, but there is no checkpoint"):
-        run(tmp_path / "a", resume=True)
-
-
-def test_resume_with_another_adapter_tells_what_differs(tmp_path: Path):
-    interrupted(tmp_path, 2)
-    other = make_blueprint(replace(SPEC, rank=4, seed=6))
-    exchange = FakeExchange([FakeClient(str(number), other) for number in range(5)])
-    with pytest.raises(RunError) as error:
-        run(tmp_path, exchange, resume=True)
-    assert str(error.value).endswith(
-        "rank: the checkpoint has 2, the clients 4; seed: the checkpoint has 5, the clients 6"
-    )
 
 
 # --- Too few, too late, too much --------------------------------------------------------------------
