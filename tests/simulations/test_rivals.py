@@ -12,6 +12,7 @@ import pytest
 from fl_client.train import RATES, LocalSettings
 from simulations.bench import learning
 from simulations.bench.rivals import comparisons, tables
+from simulations.compare.protocol import GRID
 from simulations.config import check_config, default_config
 from tests.conftest import ROOT
 
@@ -180,11 +181,13 @@ def test_rates_are_not_chosen_on_what_is_compared():
         assert not {config["seed"] for config in tried} & {config["seed"] for config in final}
 
 
-def test_what_a_run_has_by_default_is_among_the_rates_that_were_tried():
+def test_the_rates_that_are_tried_are_those_of_a_comparison():
+    """Half, once and twice what a run has by default."""
     for rates in ("rates-sst2", "rates-banking77", "rates-docstrings"):
         tried: dict[str, set[float]] = {}
         for config in learning.read_study(STUDIES / f"{rates}.json"):
             rate = next(key for key in ("lr-rows", "lr-bank") if key in config)
             tried.setdefault(str(config["adapter"]), set()).add(config[rate])
         for kind, values in tried.items():
-            assert RATES.get(kind, LocalSettings.lr_bank) in values
+            default = RATES.get(kind, LocalSettings.lr_bank)
+            assert values >= {default * factor for factor in GRID}
