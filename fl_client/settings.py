@@ -102,7 +102,8 @@ class AdapterSettings:
 
     Attributes:
         adapter: a kind, one of `vblora.adapters.ADAPTERS`.
-        rank, num_vectors, vector_length, topk, init_std, margin, alpha, theta_length: as in the specs there.
+        rank, num_vectors, vector_length, topk, init_std, bank_bound, margin, alpha, theta_length: as in the
+            specs there.
         target_modules: all-linear, or layer names separated by commas.
     """
 
@@ -112,6 +113,7 @@ class AdapterSettings:
     vector_length: int = 0
     topk: int = 2
     init_std: float = VBLoRASpec.init_std
+    bank_bound: float = VBLoRASpec.bank_bound
     margin: float = VBLoRASpec.margin
     alpha: float = 0.0
     theta_length: int = 0
@@ -145,6 +147,7 @@ class AdapterSettings:
             "vector_length": length,
             "topk": self.topk,
             "init_std": self.init_std,
+            "bank_bound": self.bank_bound,
             "margin": self.margin,
             # As many numbers as a bank would have, and each read at least four times.
             "theta_length": self.theta_length or max(1, min(vectors, rows // 4) * length),

@@ -1,13 +1,16 @@
 """Data sets of the studies that are not one file yet, as folders for `--data`.
 
-python -m simulations.bench.prepare ../shared/assets        # writes runs/data/t0 and runs/data/shakespeare
+python -m simulations.bench.prepare ../shared/assets        # writes runs/data/t0, shakespeare and e2e-names
 
-E2E needs nothing: `--data ../shared/assets/data/e2e` trains on devset.csv, is scored on testset_w_refs.csv.
+E2E itself needs nothing: `--data ../shared/assets/data/e2e` trains on devset.csv, is scored on
+testset_w_refs.csv, most of whose restaurants are others. e2e-names is for choosing settings: devset.csv
+alone, with some restaurants held out. Rows drawn at random would share their prompts with training rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
 import json
 import sys
@@ -19,13 +22,14 @@ import numpy as np
 
 from vblora.files import write_atomic
 
-__all__ = ["main", "shakespeare_rows", "split_rows", "t0_rows"]
+__all__ = ["e2e_rows", "main", "shakespeare_rows", "split_groups", "split_rows", "t0_rows"]
 
 Row = dict[str, str]
 
 T0_ROWS = "data/instruct/t0_train_50k.jsonl.gz"
 T0_TASKS = "models/t0-llama-28m/heldout_tasks.json"
 SHAKESPEARE = "data/text/tinyshakespeare.txt"
+E2E = "data/e2e/devset.csv"
 SPEAKERS = 20  # those with the most text, some 13,000 characters or more each
 HELD_OUT = 0.2  # of the rows
 SEED = 0
@@ -52,6 +56,31 @@ def shakespeare_rows(assets: Path, speakers: int = SPEAKERS) -> list[Row]:
     return [row for row in rows if row["speaker"] in chosen]
 
 
+def e2e_rows(assets: Path) -> list[Row]:
+    """Rows (name, prompt, completion): a restaurant's, a meaning representation, a sentence that says it."""
+    with (assets / E2E).open(encoding="utf-8-sig", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    return [
+        {
+            "name": row["mr"].partition("]")[0].removeprefix("name["),
+            "prompt": row["mr"],
+            "completion": row["ref"],
+        }
+        for row in rows
+    ]
+
+
+def split_groups(rows: Sequence[Row], key: str, seed: int = SEED) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows that share no group: groups are drawn until a fifth of the rows is held."""
+    sizes = Counter(row[key] for row in rows)
+    names = sorted(sizes)
+    held: set[str] = set()
+    for number in np.random.default_rng(seed).permutation(len(names)).tolist():
+        if sum(sizes[name] for name in held) < HELD_OUT * len(rows):
+            held.add(names[number])
+    return [row for row in rows if row[key] not in held], [row for row in rows if row[key] in held]
+
+
 def split_rows(rows: Sequence[Row], seed: int = SEED) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows, drawn by row, each in its old order."""
     drawn = np.random.default_rng(seed).permutation(len(rows))[: round(HELD_OUT * len(rows))]
@@ -70,8 +99,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("assets", type=Path, help="folder with data/ and models/")
     parser.add_argument("--out", type=Path, default=Path("runs/data"))
     given = parser.parse_args(arguments)
-    for name, rows in (("t0", t0_rows(given.assets)), ("shakespeare", shakespeare_rows(given.assets))):
-        train, test = split_rows(rows)
+    splits = {
+        "t0": split_rows(t0_rows(given.assets)),
+        "shakespeare": split_rows(shakespeare_rows(given.assets)),
+        "e2e-names": split_groups(e2e_rows(given.assets), "name"),
+    }
+    for name, (train, test) in splits.items():
         _write(given.out / name / "train.jsonl", train)
         _write(given.out / name / "test.jsonl", test)
         print(f"{given.out / name}: {len(train):,} training rows, {len(test):,} held out")

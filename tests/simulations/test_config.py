@@ -16,8 +16,8 @@ from vblora.errors import ConfigError
 
 NOT_UNDER_FLOWER = {"workers"}  # its engines have options of their own
 NOT_ON_COMMAND_LINE = {
-    *("init-std", "margin", "final-scale", "wait-seconds", "timeout-seconds", "train-seconds"),
-    *("quorum", "close-at", "max-reply"),
+    *("init-std", "bank-bound", "margin", "final-scale", "wait-seconds", "timeout-seconds"),
+    *("train-seconds", "quorum", "close-at", "max-reply"),
 }
 CHOSEN = {"rank", "num-vectors", "vector-length", "theta-length"}  # None on the command line, 0 in a config
 OUT = {"out"}  # runs/NAME on the command line, runs/fedvb under Flower

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from fl_client.tables import load_corpus
-from simulations.bench.prepare import SHAKESPEARE, T0_ROWS, T0_TASKS, main, shakespeare_rows, split_rows
+from simulations.bench.prepare import (
+    E2E,
+    SHAKESPEARE,
+    T0_ROWS,
+    T0_TASKS,
+    main,
+    shakespeare_rows,
+    split_groups,
+    split_rows,
+)
 
 PLAY = "\n\n".join(
     ["First Citizen:\nSpeak.", "All:\nSpeak, speak.\nAgain: speak.", "First Citizen:\nYou are all resolved?"]
@@ -20,7 +29,7 @@ PLAY = "\n\n".join(
 @pytest.fixture
 def made_up(tmp_path: Path) -> Path:
     """A folder laid out as the assets."""
-    for name in (T0_ROWS, T0_TASKS, SHAKESPEARE):
+    for name in (T0_ROWS, T0_TASKS, SHAKESPEARE, E2E):
         (tmp_path / name).parent.mkdir(parents=True)
     rows = [
         {"task": task, "prompt": f"{task} {number}?\n", "completion": "Yes<|endoftext|>", "more": 1}
@@ -31,6 +40,8 @@ def made_up(tmp_path: Path) -> Path:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / T0_TASKS).write_text(json.dumps({"tasks": ["new", "newer"]}))
     (tmp_path / SHAKESPEARE).write_text(PLAY + "\n")
+    said = "".join(f'"name[Inn {n % 5}], area[{n}]","Inn {n % 5} is in {n}."\n' for n in range(20))
+    (tmp_path / E2E).write_text(f"\ufeffmr,ref\n{said}", encoding="utf-8")
     return tmp_path
 
 
@@ -43,6 +54,21 @@ def test_the_folders_load_with_their_groups(made_up: Path, tmp_path: Path):
     plays = load_corpus(str(tmp_path / "out" / "shakespeare"), "causal-lm", group_column="speaker")
     assert plays.train.completion is None
     assert (len(plays.train), len(plays.test)) == (9, 2)
+
+
+def test_restaurants_that_are_held_out_are_in_no_training_row(made_up: Path, tmp_path: Path):
+    main([str(made_up), "--out", str(tmp_path / "out")])
+    corpus = load_corpus(str(tmp_path / "out" / "e2e-names"), "causal-lm", group_column="name")
+    assert (len(corpus.train), len(corpus.test)) == (16, 4)
+    assert not set(corpus.train.group or ()) & set(corpus.test.group or ())
+
+
+def test_groups_are_held_out_until_a_fifth_of_the_rows_is():
+    rows = [{"name": name} for name in "aabbccddddddddddddddd"]
+    train, test = split_groups(rows, "name")
+    assert sorted(train + test, key=str) == sorted(rows, key=str)
+    assert len(test) >= 5
+    assert (train, test) == split_groups(rows, "name")
 
 
 def test_a_speech_goes_without_its_speaker_and_small_parts_are_left_out(made_up: Path):
