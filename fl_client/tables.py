@@ -21,6 +21,7 @@ __all__ = ["Corpus", "Table", "load_corpus"]
 
 CARVED_SHARE, MOST_CARVED = 10, 2000  # one row in ten is held out where the data has no part to evaluate on
 SPLIT = 0  # seed of that part: what is held out belongs to the data, not to a run
+MODULE = "module"  # the group of docstrings: their test part has other modules than train
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def load_corpus(
         group_column: column of `Table.group`; "" for none (docstrings: the module).
         eval_split: "dev", "test", "dev+test", or "": dev where there is one, else test, else a tenth (2,000
             rows at most) carved off train, the same for every seed, equal texts kept on one side. "train"
-            leaves what "" evaluates aside and carves a tenth off the rest by the seed: to choose settings on.
+            leaves what "" evaluates aside and carves a tenth off the rest by the seed: to choose settings on
+            (of docstrings whole modules, as the test part has others than train).
         labels: names of all classes, where the data need not hold every one; () takes those of the data.
         max_examples: training rows, a seeded random subset in the original order; 0 for all.
         seed: of what is capped, and carved for "train"; for docstrings, of which modules are read.
@@ -124,7 +126,7 @@ def load_corpus(
     versions: dict[str, str] = {}
     if data == "docstrings":
         train_frames, test_frames, versions = _docstring_frames(eval_split, max_examples, seed, cache_dir)
-        group_column = group_column or "module"
+        group_column = group_column or MODULE
     else:
         train_frames, test_frames = read_source(data, eval_split, cache_dir)
     kind, roles = find_roles(
@@ -142,7 +144,7 @@ def load_corpus(
     else:
         train, test = _carve(train, SPLIT, data)
     if eval_split == "train":
-        train, test = _carve(train, seed, data)
+        train, test = _carve(train, seed, data, by_group=data == "docstrings" and group_column == MODULE)
     where = f"{data}: label column {roles.label!r}"
     found = _labels(train, test, kind, labels, where, guessed=not label_column)
     if 0 < max_examples < len(train):
@@ -246,13 +248,14 @@ def _strings(frame: Frame, name: str) -> list[str]:
     return [text(value) for value in frame.columns[name][:]]
 
 
-def _carve(table: Table, seed: int, where: str) -> tuple[Table, Table]:
+def _carve(table: Table, seed: int, where: str, *, by_group: bool = False) -> tuple[Table, Table]:
     """Hold out a tenth of the rows, at least one and about 2,000 at most.
 
     Equal texts go to one side (a prompt with several references must not be on both), as do the answers of
-    one conversation, and a row whose label would be missing from train stays there.
+    one conversation or whole groups, and a row whose label would be missing from train stays there.
     """
     keys = table.text if table.chat is None else [opening(chat) for chat in table.chat]
+    keys = table.group if by_group and table.group is not None else keys
     place = {text: number for number, text in enumerate(dict.fromkeys(keys))}
     which = np.array([place[text] for text in keys])
     order = np.random.default_rng(seed).permutation(len(place))

@@ -77,6 +77,14 @@ def test_settings_are_chosen_on_a_tenth_of_the_training_texts(tmp_path: Path) ->
     assert chosen[0].test != chosen[1].test
 
 
+def test_docstrings_to_choose_settings_on_are_of_other_modules() -> None:
+    """As those of the test part are: what tells modules apart would look like learning."""
+    corpus = load_corpus("docstrings", "classification", eval_split="train", max_examples=400, seed=1000)
+    train, held_out = set(corpus.train.group or ()), set(corpus.test.group or ())
+    assert len(held_out) > 1
+    assert not train & held_out
+
+
 def test_a_tenth_of_train_where_there_are_other_files(tmp_path: Path) -> None:
     for name, count in (("train.jsonl", 100), ("test.jsonl", 20)):
         _numbered(tmp_path / name, count)
