@@ -29,7 +29,7 @@ __all__ = ["Job", "LocalSettings", "OnStep", "Trained", "train_cohort"]
 OnStep = Callable[[int, int], bool | None]
 
 # Learning rates of kinds without a bank.
-RATES: Mapping[str, float] = {"lora": 4e-3, "ffa-lora": 2e-3, "lora-xs": 8e-3, "uni-lora": 1e-2}
+RATES: Mapping[str, float] = {"lora": 4e-3, "ffa-lora": 4e-3, "lora-xs": 8e-3, "uni-lora": 2e-2}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class LocalSettings:
         steps: local steps of AdamW; its moments start at zero each round.
         batch_size: texts a step.
         accumulate: pieces that a step's texts are passed in, one after another: less memory, the same step.
-        lr_bank, lr_logits, lr_head: learning rates by tensor.
+        lr_bank, lr_logits, lr_head: learning rates by tensor. The bank's is for rank 4: a step of more rank
+            goes further.
         lr_rows: of what a kind without a bank trains; 0 is the kind's own of `RATES`.
         warmup: share of the steps over which the rates rise: Adam's first steps, of a round too, are all
             sign and no size.
@@ -54,7 +55,7 @@ class LocalSettings:
     steps: int = 10
     batch_size: int = 16
     accumulate: int = 1
-    lr_bank: float = 8e-3
+    lr_bank: float = 1.2e-2
     lr_logits: float = 3e-2
     lr_rows: float = 0.0
     lr_head: float = 4e-2
