@@ -55,7 +55,7 @@ class LocalSettings:
     steps: int = 10
     batch_size: int = 16
     accumulate: int = 1
-    lr_bank: float = 1.2e-2
+    lr_bank: float = 8e-3
     lr_logits: float = 3e-2
     lr_rows: float = 0.0
     lr_head: float = 4e-2

@@ -82,7 +82,7 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "local-steps": (10, "Steps of a client in a round."),
         "batch-size": (16, "Texts a step."),
         "accumulate": (1, "Pieces that a step's texts are passed in: less memory, the same step."),
-        "lr-bank": (1.2e-2, "Learning rate of the bank; a step of a rank above 4 goes further."),
+        "lr-bank": (8e-3, "Learning rate of the bank; a step of a rank above 4 goes further."),
         "lr-logits": (3e-2, "Learning rate of the logits."),
         "lr-rows": (0.0, "Learning rate of the kinds without a bank; 0 is the kind's own."),
         "lr-head": (4e-2, "Learning rate of the head."),

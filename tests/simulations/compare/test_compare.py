@@ -61,7 +61,7 @@ def test_a_comparison_is_trained_once_and_grows(fedvb: Run, short: list[str], tm
 
     # What is told of a run is what it left.
     run = found["adapters"]["vblora"]["runs"][0]
-    summary = read_summary(out / "runs" / "vblora" / "lr-bank-0.012" / "seed-0")
+    summary = read_summary(out / "runs" / "vblora" / "lr-bank-0.008" / "seed-0")
     assert run["last3"] == summary["score"]["last3"]
     assert run["total"] == summary["bytes"]["up_total"] + summary["bytes"]["down_total"]
     assert run["memory"] > 50e6

@@ -77,7 +77,7 @@ def test_the_report_tells_verdict_protocol_and_rates(report: str):
         "Chosen for each adapter alike: 0.5, 1, 2 times its default rate",
         "seed 1000",
         "broke off",
-        "0.024, at the edge",
+        "0.016, at the edge",
         "CPU; runs at a time: 2, processes of each: 1, threads of each: 1. torch 2.13.0.",
     ):
         assert told in report
@@ -130,7 +130,7 @@ def test_all_files_of_a_comparison(tmp_path: Path):
     content = json.loads((tmp_path / "comparison.json").read_text())
     assert content["baseline"] == "lora:8 float32"
     assert content["protocol"]["config"]["out"] == str(tmp_path)
-    assert content["protocol"]["trials"]["vblora"][2] == {"rate": 0.024, "scores": [0.72], "chosen": True}
+    assert content["protocol"]["trials"]["vblora"][2] == {"rate": 0.016, "scores": [0.72], "chosen": True}
     assert content["verdict"][0].startswith("lora:8 came to 98%")
     table = (tmp_path / "comparison.md").read_text()
     assert table.startswith("```sh\nfedvb compare\n```\n")
