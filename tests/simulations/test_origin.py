@@ -61,7 +61,7 @@ def test_rates_are_never_chosen_on_what_is_compared():
 
 @pytest.mark.parametrize(
     ("compared", "rates"),
-    [*COMPARED.items(), ("compare-crowds", ("rates-sst2",))],
+    [*COMPARED.items(), ("compare-crowds", COMPARED["compare-sst2"])],
 )
 def test_the_rates_of_a_comparison_were_tried_on_training_texts(compared: str, rates: Sequence[str]):
     def method(config: dict[str, Any]) -> list[Any]:
