@@ -36,6 +36,7 @@ DARK = Theme(
 MARKERS = "os^Dv<>P"
 WIDTH, HEIGHT = 4.5, 4.2  # inches; about a phone's width, so that letters stay readable there
 LONGEST_IN_TWO = 24  # letters of an entry of the legend, for two columns
+LEGEND_LINES, LINE = 4, 0.22  # entries below each other that HEIGHT has room for; inches of each further one
 
 
 def by_round(comparison: Comparison, theme: Theme = LIGHT) -> Any:
@@ -150,7 +151,7 @@ def _line(
         [sum(own) / len(own) for own in scores],
         "--" if baseline else "-",
         color=colour,
-        marker=MARKERS[place % len(MARKERS)],
+        marker=MARKERS[(place + place // len(MARKERS)) % len(MARKERS)],  # colours repeat: another marker then
         markersize=3.5,
         linewidth=1.6,
         label=f"{row.name}: {row.score.mean:.3f}",
@@ -163,11 +164,14 @@ def _line(
 
 def _finish(axes: Any, figure: Any, theme: Theme) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels), default=0) <= LONGEST_IN_TWO else 1
+    further = -(-len(labels) // columns) - LEGEND_LINES
+    figure.set_figheight(figure.get_figheight() + LINE * max(0, further))
     figure.legend(
         handles,
         labels,
         loc="outside lower center",
-        ncols=2 if max(map(len, labels), default=0) <= LONGEST_IN_TWO else 1,
+        ncols=columns,
         frameon=False,
         labelcolor=theme.text,
     )

@@ -112,6 +112,22 @@ def test_each_row_shows_its_own_sections_around_its_middle():
     assert middles[60.0] + middles[40.0] == pytest.approx(0)
 
 
+def test_many_names_below_a_picture_leave_it_its_height():
+    """And lines that share a colour have different markers."""
+    few, rise = made_comparison(), [0.5, 0.7, 0.8]
+    many = compared(
+        {f"vblora:{place} wire=smallest": [made_result(0, rise, 1000)] for place in range(1, 14)},
+        "",
+        "accuracy",
+    )
+    heights = []
+    for figure in (by_bytes(few), by_bytes(many)):
+        figure.draw_without_rendering()
+        heights.append(figure.axes[0].get_window_extent().height)
+    assert heights[1] > 0.8 * heights[0]
+    assert len({(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}) == 13
+
+
 @pytest.mark.parametrize("draw", [by_round, by_bytes, by_section])
 def test_a_picture_is_the_same_each_time(draw):
     drawing = svg(draw(made_comparison(), DARK))
