@@ -51,6 +51,7 @@ Config = dict[str, Any]
 
 STUDY = '{"base": {...}, "runs": [{...}, ...], "seeds": [0, ...]} with keys of a config'
 DIED = "its process died; fewer --processes if memory was short"
+MEMORY = 0.9  # of a GPU, for all tensors of the processes that share it; CUDA itself takes some for each
 
 
 def read_study(path: Path) -> list[Config]:
@@ -276,8 +277,8 @@ def _run_all(
     """What each run came to, or its error; `target` holds it as it comes."""
     started = time.monotonic()
     results: list[dict[str, Any]] = []
-    train = partial(_guarded, texts=texts)
-    for config, result in in_processes(train, configs, processes, _take_gpu, seconds):
+    train, start = partial(_guarded, texts=texts), partial(_take_gpu, processes=min(processes, len(configs)))
+    for config, result in in_processes(train, configs, processes, start, seconds):
         found = result or {"config": config, "error": DIED}
         found["origin"] = {**origin, "device": found.pop("device", "")}
         results.append(found)
@@ -288,10 +289,16 @@ def _run_all(
     return results
 
 
-def _take_gpu(number: int) -> None:
-    """Give a process one of the machine's GPUs, in turn, before CUDA looks at them."""
-    if "CUDA_VISIBLE_DEVICES" not in os.environ and (gpus := len(list(Path("/dev").glob("nvidia[0-9]*")))):
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+def _take_gpu(number: int, processes: int) -> None:
+    """Give a process one of the machine's GPUs, in turn, before CUDA looks at them, and a share of its memory.
+
+    A run that chooses its own cohort would fill the GPU, and those beside it would run out of memory.
+    """
+    gpus = 1
+    if "CUDA_VISIBLE_DEVICES" not in os.environ and (found := len(list(Path("/dev").glob("nvidia[0-9]*")))):
+        os.environ["CUDA_VISIBLE_DEVICES"], gpus = str(number % found), found
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(MEMORY / -(-processes // gpus))
     torch.set_float32_matmul_precision("high")
 
 

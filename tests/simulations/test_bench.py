@@ -233,6 +233,17 @@ def result(mean: float, own: float | None = None, metric: str = "accuracy", **co
     return {"config": config, "score": score, "bytes": {"up_per_client_round": 2000}}
 
 
+def test_processes_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch):
+    """One run that sizes its own cohorts must not take what the others need."""
+    given: list[float] = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(learning.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(learning.torch.cuda, "set_per_process_memory_fraction", given.append)
+    for number in range(3):
+        learning._take_gpu(number, processes=3)
+    assert sum(given) == pytest.approx(learning.MEMORY)
+
+
 def test_studies_rank_by_what_is_better():
     def order(*results: dict[str, Any]) -> list[str]:
         return [line.split()[-1] for line in learning.table(list(results)).splitlines()[1:]]
