@@ -290,7 +290,7 @@ def _run_all(
 
 
 def _take_gpu(number: int, processes: int) -> None:
-    """Give a process one of the machine's GPUs, in turn, before CUDA looks at them, and a share of its memory.
+    """Give a process one of the machine's GPUs, in turn, before CUDA looks, and a share of its memory.
 
     A run that chooses its own cohort would fill the GPU, and those beside it would run out of memory.
     """
