@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
+
+from simulations.compare.running import end_with_parent
 
 __all__ = ["in_processes"]
 
@@ -78,6 +81,7 @@ def _started(work: Any, start: Any, number: int) -> tuple[BaseProcess, Connectio
 
 def _serve(connection: Connection, work: Any, start: Any, number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this process ends it
+    threading.Thread(target=end_with_parent, daemon=True).start()  # killed, too
     start(number)
     with suppress(EOFError, OSError):  # nobody is there any more
         while True:

@@ -34,6 +34,7 @@ __all__ = [
     "Watcher",
     "check_existing",
     "end_processes",
+    "end_with_parent",
     "is_finished",
     "run_all",
     "start_process",
@@ -174,7 +175,7 @@ def _live(folder: Path, target: Callable[..., None], *arguments: Any) -> None:
     """Do the work of a process, deaf to Ctrl-C: whoever started it ends it, and then it cleans up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.chdir(folder)
     try:
         target(*arguments)
@@ -182,7 +183,7 @@ def _live(folder: Path, target: Callable[..., None], *arguments: Any) -> None:
         os._exit(1)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this process once the one that started it is gone."""
     if parent := parent_process():
         parent.join()
