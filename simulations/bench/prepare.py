@@ -4,7 +4,7 @@ python -m simulations.bench.prepare ../shared/assets        # writes runs/data/t
 
 E2E itself needs nothing: `--data ../shared/assets/data/e2e` trains on devset.csv, is scored on
 testset_w_refs.csv, most of whose restaurants are others. e2e-names is for choosing settings: devset.csv
-alone, with some restaurants held out. Rows drawn at random would share their prompts with training rows.
+alone, with some restaurants held out. Rows drawn at random would be of restaurants that are trained on.
 """
 
 from __future__ import annotations
