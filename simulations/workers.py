@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import sys
 import threading
 import traceback
 from collections import deque
@@ -91,6 +92,8 @@ class Helpers:
         for process in self._processes:
             process.terminate()
         for process in self._processes:
+            process.join(PATIENCE)
+            process.kill()
             process.join()
 
     def answer(self, own: Answers, pieces: Iterable[Piece]) -> Iterator[Answer]:
@@ -276,6 +279,7 @@ def _answered(site: Site, questions: Sequence[Question], on_step: OnStep | None 
 def _serve(connection: Connection, opener: Callable[[], Answers]) -> None:
     """The life of a helper process: answer piece after piece. Who started it acts on interrupts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # libraries' semaphores want to be cleaned up
     try:
         while True:
             piece: Piece = connection.recv()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from multiprocessing import active_children
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any
@@ -26,6 +26,7 @@ from fl_client.site import Site
 from fl_server.observer import LogObserver
 from simulations.simulate import simulate
 from simulations.workers import PATIENCE, Answers, Helpers, Workers, count_workers
+from tests.conftest import ROOT
 from tests.fl_client.sites import make_site
 from tests.simulations.conftest import read_history, small_config
 from vblora.errors import ConfigError, RunError, WireError
@@ -231,6 +232,35 @@ def test_an_interrupt_while_helpers_start_is_silent():
         os.killpg(started.pid, signal.SIGINT)
         out, err = started.communicate(timeout=60)
     assert (started.returncode, out, err) == (0, "interrupted\n", "")
+
+
+def holding(piece: Sequence[Question]) -> Iterator[Answer]:
+    """As tqdm does: a lock between processes, which is to be taken away at the end."""
+    kept = get_context("spawn").Lock()
+    yield Answer(7)
+    time.sleep(LONG)
+    del kept
+
+
+TERMINATING = """
+from contextlib import closing, suppress
+from functools import partial
+from tests.simulations.test_workers import QUESTION, Helpers, holding, idle, opened
+
+with closing(Helpers([partial(opened, holding)])) as helpers, suppress(RuntimeError):
+    answers = helpers.answer(idle, [[QUESTION]] * 60)
+    for answer in answers:
+        if answer.client == 7:
+            answers.throw(RuntimeError("in the run"))
+print("ended")
+"""
+
+
+def test_helpers_that_are_ended_leave_nothing_to_clean_up():
+    command = [sys.executable, "-c", TERMINATING]
+    with Popen(command, stdout=PIPE, stderr=PIPE, text=True, cwd=ROOT) as ended:
+        out, err = ended.communicate(timeout=100)
+    assert (ended.returncode, out, err) == (0, "ended\n", "")
 
 
 # --- Runs ----------------------------------------------------------------------------
