@@ -29,6 +29,7 @@ from fl_client.opening import open_site
 from fl_client.serve import Answer, Question, answer
 from fl_client.settings import SiteSettings
 from fl_client.site import OnStep, Site
+from simulations.processes import PATIENCE, end_processes
 from vblora.errors import ConfigError, FedVBError, RunError
 
 __all__ = ["Helpers", "Workers", "count_workers"]
@@ -37,7 +38,6 @@ Piece = list[Question]
 Answers = Callable[[Sequence[Question]], Iterator[Answer]]
 Ready = queue.SimpleQueue[Answer | BaseException | None]
 
-PATIENCE = 5.0  # seconds for a process to end by itself
 ROOM = (
     "with one client: lower --batch-size or --max-length, raise --accumulate, "
     "or try --checkpointing, --recompute"
@@ -83,18 +83,11 @@ class Helpers:
         """End the processes."""
         for connection in self._connections:
             connection.close()  # who is idle goes home at once, with all that it has opened
-        for process in self._processes:
-            process.join(PATIENCE)
-        self.terminate()
+        end_processes(self._processes, PATIENCE)
 
     def terminate(self) -> None:
         """End the processes, whatever they are at."""
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            process.join(PATIENCE)
-            process.kill()
-            process.join()
+        end_processes(self._processes)
 
     def answer(self, own: Answers, pieces: Iterable[Piece]) -> Iterator[Answer]:
         """Answers as they are ready, in any order; `own` is this process's way to them.

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from simulations.compare.running import end_with_parent
+from simulations.processes import end_with_parent
 
 __all__ = ["in_processes"]
 

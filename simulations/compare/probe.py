@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from simulations.compare.running import PATIENCE, Layout, end_processes, start_process
+from simulations.compare.running import Layout, start_process
 from simulations.config import Config
+from simulations.processes import PATIENCE, end_processes
 from vblora.errors import FedVBError, RunError
 
 __all__ = ["Probe", "cores", "look_ahead", "share_out"]

@@ -14,7 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing import forkserver, get_context, parent_process, resource_tracker
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,6 +24,7 @@ from fl_server.config_file import CONFIG_FILE, config_differences, read_config
 from fl_server.history import Record
 from simulations.compare.protocol import Planned
 from simulations.config import Config
+from simulations.processes import PATIENCE, end_processes, end_with_parent
 from vblora.errors import ConfigError, FedVBError
 from vblora.files import write_atomic
 
@@ -33,8 +34,6 @@ __all__ = [
     "Layout",
     "Watcher",
     "check_existing",
-    "end_processes",
-    "end_with_parent",
     "is_finished",
     "run_all",
     "start_process",
@@ -46,7 +45,6 @@ PRELOADED = [  # what every run imports
     *("__main__", "simulations.simulate", "simulations.compare.probe", "fl_client.deal"),
     *("transformers.modeling_utils", "matplotlib.figure"),
 ]
-PATIENCE = 5.0  # for a process to end
 
 
 @dataclass(frozen=True)
@@ -181,23 +179,6 @@ def _live(folder: Path, target: Callable[..., None], *arguments: Any) -> None:
         target(*arguments)
     except BrokenPipeError:  # nobody waits for us any more; what is done is on disk
         os._exit(1)
-
-
-def end_with_parent() -> None:
-    """End this process once the one that started it is gone."""
-    if parent := parent_process():
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def end_processes(processes: Sequence[BaseProcess], patience: float = 0.0) -> None:
-    """End processes that are no longer needed, after so many seconds in which they may end by themselves."""
-    for process in processes:
-        process.join(patience)
-        process.terminate()
-    for process in processes:
-        process.join(PATIENCE)
-        process.kill()
 
 
 def _received(connection: Connection) -> int | str:

@@ -24,8 +24,9 @@ from fl_client.serve import Answer, Question
 from fl_client.settings import SiteSettings
 from fl_client.site import Site
 from fl_server.observer import LogObserver
+from simulations.processes import PATIENCE
 from simulations.simulate import simulate
-from simulations.workers import PATIENCE, Answers, Helpers, Workers, count_workers
+from simulations.workers import Answers, Helpers, Workers, count_workers
 from tests.conftest import ROOT
 from tests.fl_client.sites import make_site
 from tests.simulations.conftest import read_history, small_config
