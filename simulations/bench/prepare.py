@@ -1,10 +1,11 @@
 """Data sets of the studies that are not one file yet, as folders for `--data`.
 
-python -m simulations.bench.prepare ../shared/assets        # writes runs/data/t0, shakespeare and e2e-names
+python -m simulations.bench.prepare ../shared/assets        # writes runs/data/t0, shakespeare, ...
 
-E2E itself needs nothing: `--data ../shared/assets/data/e2e` trains on devset.csv, is scored on
-testset_w_refs.csv, most of whose restaurants are others. e2e-names is for choosing settings: devset.csv
-alone, with some restaurants held out. Rows drawn at random would be of restaurants that are trained on.
+E2E and SST-2 need nothing: `--data ../shared/assets/data/e2e` trains on devset.csv, is scored on
+testset_w_refs.csv, most of whose restaurants are others. e2e-names and sst2-sentences are for choosing
+settings: training rows alone, with some restaurants, and some sentences with all phrases that are of no
+other, held out. Rows drawn at random would be of restaurants and of sentences that are trained on.
 """
 
 from __future__ import annotations
@@ -15,14 +16,23 @@ import gzip
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from vblora.files import write_atomic
 
-__all__ = ["e2e_rows", "main", "shakespeare_rows", "split_groups", "split_rows", "t0_rows"]
+__all__ = [
+    "e2e_rows",
+    "main",
+    "shakespeare_rows",
+    "split_groups",
+    "split_rows",
+    "split_sentences",
+    "sst2_rows",
+    "t0_rows",
+]
 
 Row = dict[str, str]
 
@@ -30,8 +40,10 @@ T0_ROWS = "data/instruct/t0_train_50k.jsonl.gz"
 T0_TASKS = "models/t0-llama-28m/heldout_tasks.json"
 SHAKESPEARE = "data/text/tinyshakespeare.txt"
 E2E = "data/e2e/devset.csv"
+SST2 = "data/sst2/train.tsv"
 SPEAKERS = 20  # those with the most text, some 13,000 characters or more each
 HELD_OUT = 0.2  # of the rows
+SENTENCES = 0.39  # of those of SST-2 are held out, about as many as dev and test have
 SEED = 0
 
 
@@ -70,6 +82,38 @@ def e2e_rows(assets: Path) -> list[Row]:
     ]
 
 
+def sst2_rows(assets: Path) -> list[Row]:
+    """Rows (sentence, label): 6,885 sentences and phrases of them, words parted by one space."""
+    with (assets / SST2).open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return [{"sentence": " ".join(row["sentence"].split()), "label": row["label"]} for row in rows]
+
+
+def split_sentences(
+    rows: Sequence[Row], share: float = SENTENCES, seed: int = SEED
+) -> tuple[list[Row], list[Row]]:
+    """Training rows, and whole sentences (texts that are part of no other text) that none of them is part of.
+
+    A phrase that a held sentence shares with another one is trained on, as those of SST-2's own test set are.
+    """
+    texts = {row["sentence"] for row in rows}
+    parts = {part for text in texts for part in _parts(text) if part != text}
+    whole = sorted(texts - parts)
+    drawn = np.random.default_rng(seed).permutation(len(whole)).tolist()
+    held = round(share * len(whole))
+    test = {whole[number] for number in drawn[:held]}
+    train = {part for number in drawn[held:] for part in _parts(whole[number])}
+    return [row for row in rows if row["sentence"] in train], [row for row in rows if row["sentence"] in test]
+
+
+def _parts(text: str) -> Iterator[str]:
+    """All runs of words, the text itself among them."""
+    words = text.split()
+    for start in range(len(words)):
+        for end in range(start + 1, len(words) + 1):
+            yield " ".join(words[start:end])
+
+
 def split_groups(rows: Sequence[Row], key: str, seed: int = SEED) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows that share no group: groups are drawn until a fifth of the rows is held."""
     sizes = Counter(row[key] for row in rows)
@@ -103,6 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
         "t0": split_rows(t0_rows(given.assets)),
         "shakespeare": split_rows(shakespeare_rows(given.assets)),
         "e2e-names": split_groups(e2e_rows(given.assets), "name"),
+        "sst2-sentences": split_sentences(sst2_rows(given.assets)),
     }
     for name, (train, test) in splits.items():
         _write(given.out / name / "train.jsonl", train)

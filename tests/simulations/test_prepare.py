@@ -12,12 +12,14 @@ from fl_client.tables import load_corpus
 from simulations.bench.prepare import (
     E2E,
     SHAKESPEARE,
+    SST2,
     T0_ROWS,
     T0_TASKS,
     main,
     shakespeare_rows,
     split_groups,
     split_rows,
+    split_sentences,
 )
 
 PLAY = "\n\n".join(
@@ -25,11 +27,13 @@ PLAY = "\n\n".join(
     + [f"ROMEO:\nLine {number}." for number in range(8)]
 )
 
+FILMS = ["a good film", "good film", 'a "bad film', '"bad film', "film"]
+
 
 @pytest.fixture
 def made_up(tmp_path: Path) -> Path:
     """A folder laid out as the assets."""
-    for name in (T0_ROWS, T0_TASKS, SHAKESPEARE, E2E):
+    for name in (T0_ROWS, T0_TASKS, SHAKESPEARE, E2E, SST2):
         (tmp_path / name).parent.mkdir(parents=True)
     rows = [
         {"task": task, "prompt": f"{task} {number}?\n", "completion": "Yes<|endoftext|>", "more": 1}
@@ -42,6 +46,8 @@ def made_up(tmp_path: Path) -> Path:
     (tmp_path / SHAKESPEARE).write_text(PLAY + "\n")
     said = "".join(f'"name[Inn {n % 5}], area[{n}]","Inn {n % 5} is in {n}."\n' for n in range(20))
     (tmp_path / E2E).write_text(f"\ufeffmr,ref\n{said}", encoding="utf-8")
+    rated = "".join(f"{text} \t{n % 2}\n" for n, text in enumerate(FILMS * 5))
+    (tmp_path / SST2).write_text(f"sentence\tlabel\n{rated}")
     return tmp_path
 
 
@@ -61,6 +67,20 @@ def test_restaurants_that_are_held_out_are_in_no_training_row(made_up: Path, tmp
     corpus = load_corpus(str(tmp_path / "out" / "e2e-names"), "causal-lm", group_column="name")
     assert (len(corpus.train), len(corpus.test)) == (16, 4)
     assert not set(corpus.train.group or ()) & set(corpus.test.group or ())
+
+
+def test_phrases_go_with_their_sentences(made_up: Path, tmp_path: Path):
+    main([str(made_up), "--out", str(tmp_path / "out")])
+    corpus = load_corpus(str(tmp_path / "out" / "sst2-sentences"), "classification")
+    assert corpus.labels == ("0", "1")
+    assert (len(corpus.train), len(corpus.test)) == (15, 5)
+    rows = [{"sentence": text, "label": "1"} for text in FILMS]
+    train, test = split_sentences(rows)
+    held = test[0]["sentence"]
+    kept = next(text for text in ("a good film", 'a "bad film') if text != held)
+    assert [row["sentence"] for row in train] == [text for text in FILMS if text in kept]
+    assert len(test) == 1
+    assert len(train) == 3
 
 
 def test_groups_are_held_out_until_a_fifth_of_the_rows_is():

@@ -165,15 +165,13 @@ COMPARED = {  # studies, and those of their rates
     },
     **{name: (f"rates-{name}",) for name in ("t0", "e2e")},
 }
-OTHER_RESTAURANTS = "runs/data/e2e-names"  # training rows of E2E alone, see bench.prepare
+TRAINING_ROWS = ("runs/data/e2e-names", "runs/data/sst2-sentences")  # parted by bench.prepare
 
 
 def tried(studies: Sequence[str]) -> list[dict[str, Any]]:
     """All runs of studies of rates, which none is without being scored on training texts."""
     configs = [config for name in studies for config in learning.read_study(STUDIES / f"{name}.json")]
-    assert all(
-        config.get("eval-split") == "train" or config["data"] == OTHER_RESTAURANTS for config in configs
-    )
+    assert all(config.get("eval-split") == "train" or config["data"] in TRAINING_ROWS for config in configs)
     return configs
 
 
