@@ -162,7 +162,7 @@ COMPARED = {  # studies, and those of their rates
     "compare-sst2": ("rates-sst2", "settings-rank16"),
     "compare-sst2-skew": ("rates-sst2-skew",),
     **{
-        f"compare-{name}": (f"rates-{name}", "settings-rank8", "settings-server")
+        f"compare-{name}": (f"rates-{name}", "settings-rank8", "settings-server", "settings-rank16")
         for name in ("banking77", "docstrings")
     },
     **{name: (f"rates-{name}",) for name in ("t0", "e2e")},
