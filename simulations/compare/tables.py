@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from simulations.compare.results import FLOAT32, SHARES, Comparison, Row
-from simulations.compare.scores import Interval, Reached, Spread
+from simulations.compare.scores import Interval, Reached, Spread, paired
 from simulations.units import size
 
 __all__ = [
@@ -39,6 +39,8 @@ def score_columns(comparison: Comparison) -> Columns:
     }
     if comparison.baseline:
         made[f"against {comparison.baseline}"] = lambda row: difference(row.difference, comparison.metric)
+        if coded := _coded(comparison):
+            made[f"against {coded.name}"] = lambda row: difference(_paired(row, coded), comparison.metric)
     if any(row.mean("seconds") for row in comparison.rows):
         made["seconds"] = lambda row: f"{row.mean('seconds'):,.0f}"
     if any(row.mean("memory") for row in comparison.rows):
@@ -180,6 +182,13 @@ def _one(row: Row, comparison: Comparison) -> str:
 def _coded(comparison: Comparison) -> Row | None:
     """The baseline through the codec, where the baseline itself is in float32."""
     return next((row for row in comparison.rows if f"{row.name}{FLOAT32}" == comparison.baseline), None)
+
+
+def _paired(ours: Row, theirs: Row) -> Interval | None:
+    """Ours minus theirs, by seed; None of a row and itself."""
+    if ours is theirs:
+        return None
+    return paired(*({one.seed: one.last3 for one in row.results} for row in (ours, theirs)))
 
 
 def _fewer(theirs: Row, ours: Row) -> float | None:

@@ -114,6 +114,7 @@ def test_columns_show_every_row():
         "accuracy, last three": "0.7800 ± 0.0000",
         "best": "0.7800",
         "against lora:8 float32": "−2.0 (−2.0 to −2.0)",
+        "against lora:8": "−1.5 (−7.9 to +4.9)",
         "up": "500 B",
         "down": "500 B",
         "in all": "4.0 kB",
@@ -127,6 +128,7 @@ def test_columns_show_every_row():
         "memory": "500.0 MB",
     }
     assert cells["lora:8"]["to 100%"] == "1 of 2"
+    assert cells["lora:8"]["against lora:8"] == ""
     assert cells["lora:8 float32"]["to −0.5 points"] == "200.0 kB"
     assert set(few_columns(comparison)) == {"adapter", "accuracy", "against LoRA", "in all", "to 98%"}
 
