@@ -30,7 +30,7 @@ class CohortSizer:
     """Splits clients into cohorts and remembers which size fits.
 
     On a GPU the first client trains alone, and what it took tells how many fit. A cohort that runs out of
-    memory is trained again in halves; the smaller size is kept. On a CPU only clients whose texts are about
+    memory is trained again in halves; the smaller size is kept. Elsewhere only clients whose texts are about
     as long train together.
     """
 
@@ -38,8 +38,9 @@ class CohortSizer:
         """`size` fixes the number of clients; 0 chooses, on a GPU by what is free at the time, so another
         process may choose otherwise. Out of memory, it is halved all the same."""
         self._device = device
-        self._size = size or (ON_CPU if device.type == "cpu" else 0)
-        self._most_padding = MOST_PADDING if device.type == "cpu" and not size else math.inf
+        measured = device.type == "cuda"  # others do not tell what is free
+        self._size = size or (0 if measured else ON_CPU)
+        self._most_padding = math.inf if measured or size else MOST_PADDING
 
     def run(
         self,

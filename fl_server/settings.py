@@ -139,6 +139,11 @@ class ServerSettings:
         late = self.late_clients if number <= self.freeze_bank else 0
         return clients[: max(0, len(clients) - late)]
 
+    def enough(self, asked: int) -> int:
+        """How many usable replies close a round of so many clients."""
+        share = round(self.close_at * asked, 6)  # 0.28 of 25 is 7.000000000000001 to a computer
+        return max(self.quorum, math.ceil(share))
+
     def lr_scale(self, number: int) -> float:
         """What learning rates are multiplied with in a round, counted from 1: above 0, at most 1."""
         if number <= self.warmup_rounds:
@@ -177,6 +182,13 @@ class ServerSettings:
             )
         if not wrong & {"late_clients", "freeze_bank"} and self.late_clients and not self.freeze_bank:
             yield f"late-clients is {self.late_clients} without freeze-bank; say after which round they come"
+        if not wrong & {"late_clients", "freeze_bank", "rounds"} and (
+            self.late_clients and self.freeze_bank >= self.rounds
+        ):
+            yield (
+                f"late-clients is {self.late_clients}, which come after round {self.freeze_bank} "
+                f"(freeze-bank) of {self.rounds}; raise rounds or lower freeze-bank"
+            )
         if not wrong & {"late_clients", "clients", "clients_per_round"} and (
             self.late_clients > max(0, self.clients - self.clients_per_round)
         ):

@@ -95,7 +95,7 @@ def _collect(
         config["seconds"] = settings.train_seconds
     # All are waited for in full, so that what comes twice is counted.
     early = settings.close_at < 1
-    enough = max(settings.quorum, math.ceil(settings.close_at * len(names)))
+    enough = settings.enough(len(names))
     inbox = Inbox(names)
     losses: dict[str, tuple[float, int]] = {}
     faults: list[Fault] = []

@@ -156,7 +156,10 @@ def predict(
     ] = False,
     template: Annotated[
         Template,
-        typer.Option(help="Prompts through the tokenizer's chat template: auto (as in the run), off."),
+        typer.Option(
+            help="Prompts through the tokenizer's chat template: auto (as the run's --chat-template), or off, "
+            "which a run on plain text wants."
+        ),
     ] = Template.auto,
     client: Annotated[
         int | None,

@@ -40,12 +40,29 @@ class Exported:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run has come to: its newest state, what that means, its config, the name of its base."""
+    """What a run has come to: its newest state, what that means, its config, the name of its base.
+
+    `headless` where clients keep their heads and none was named: the state's is as the seed drew it.
+    """
 
     state: State
     blueprint: Blueprint
     config: dict[str, Any]
     model: str
+    headless: bool = False
+
+    def require_head(self) -> None:
+        """See that there is a head that somebody trained.
+
+        Raises:
+            RunError: clients keep theirs, and none was named.
+        """
+        if self.headless:
+            run, personal, clients = (self.config[name] for name in ("out", "personal", "clients"))
+            raise RunError(
+                f"{run}: its clients keep their heads (personal is {personal}); choose one with --client, "
+                f"0 to {int(clients) - 1}"
+            )
 
 
 def load_trained(run: Path, model: str = "", client: int | None = None) -> Trained:
@@ -67,7 +84,9 @@ def load_trained(run: Path, model: str = "", client: int | None = None) -> Train
     state, blueprint = newest
     if client is not None:
         state = client_state(run, state, client)
-    return Trained(state, hold_start(blueprint, str(config["start"])), config, model or str(config["model"]))
+    headless = client is None and "head" in str(config["personal"])
+    blueprint = hold_start(blueprint, str(config["start"]))
+    return Trained(state, blueprint, config, model or str(config["model"]), headless)
 
 
 def export_run(
@@ -91,13 +110,14 @@ def export_run(
         client: whose own parts to take with it.
 
     Raises:
-        RunError: no run there, nothing saved yet, or no such client.
+        RunError: no run there, nothing saved yet, no such client, or a whole model without a trained head.
         ExportError: the format cannot express the adapter, or something else is in the folder.
         ModelError: the base is missing or another than the adapter was trained on.
     """
     found = load_trained(run, model, client)
     blueprint = found.blueprint
     if format == "merged":
+        found.require_head()
         with _whole_folder(out) as folder:
             _write_merged(found, folder)
         how = f", merged into {found.model},"
@@ -106,6 +126,7 @@ def export_run(
             _write_adapter(found, folder, as_lora=format == "lora", form=form)
         kept = form if hasattr(blueprint.spec, "topk") else "factors"
         how = " (as LoRA)" if format == "lora" else f" ({kept})"
+        how += " with the seed's head" * found.headless
     return Exported(f"{blueprint.spec.kind} adapter{how}", found.state.version)
 
 

@@ -45,7 +45,7 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "partition": (
             "auto",
             "How texts are dealt: iid, dirichlet:ALPHA (less is more skewed), by:COLUMN; "
-            "auto is dirichlet:0.5 where there are labels, else iid.",
+            "auto is dirichlet:0.5 where there are labels or groups, else iid.",
         ),
     },
     "Federation": {
@@ -63,7 +63,7 @@ RUN_OPTIONS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
             False,
             "Score each client on held-out texts of its own, too; always done with --personal.",
         ),
-        "dropout": (0.0, "Chance that a drawn client never answers."),
+        "dropout": (0.0, "Chance that a drawn client fails, and says so."),
         "stragglers": (0.0, "Chance that one is stopped early."),
         "late-clients": (0, "The last so many clients come only after --freeze-bank."),
     },
@@ -175,7 +175,8 @@ def command_line(context: typer.Context) -> str:
     """The command with the options that were typed, as a shell takes it."""
     words = ["fedvb", str(context.info_name)]
     for name, value in typed(context).items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        switch = f"--{name}" if value is True else f"--no-{name}"
+        words += [switch] if isinstance(value, bool) else [f"--{name}", str(value)]
     return shlex.join(words)
 
 

@@ -166,7 +166,7 @@ def _device_memory(one: AdapterPlan) -> str:
 
 def _sizes(one: AdapterPlan) -> str:
     spec = asdict(one.spec)
-    shown = {"rank": "r", "num_vectors": "h", "vector_length": "b", "topk": "k"}
+    shown = {"rank": "r", "num_vectors": "h", "vector_length": "b", "topk": "k", "theta_length": "d"}
     return ", ".join(f"{short} {spec[name]}" for name, short in shown.items() if name in spec)
 
 

@@ -62,11 +62,13 @@ class Answerer:
 
     Raises:
         ModelError: the base is missing, or another than the adapter was trained on.
+        RunError: clients keep their heads, and none was named.
     """
 
     def __init__(
         self, found: Trained, device: str = "auto", dtype: str = "auto", *, template: bool = True
     ) -> None:
+        found.require_head()
         blueprint, config = found.blueprint, found.config
         self.task = task_of(blueprint.labels)
         self.base: Base = load_base(

@@ -16,6 +16,9 @@ __all__ = ["add_commands"]
 
 # Of an adapter and its messages: what changes no size. The recorded run, from which a plan draws, has k = 2.
 UNPLANNED = ("adapter", "start", "alpha", "topk", "wire-feedback")
+# An adapter of a file would be every contender's. LoRA, which all are compared with, has no bank to freeze
+# and no logits to keep; with a head of each client's own the score of what is shared says nothing.
+UNCOMPARED = ("adapter", "start", "personal", "freeze-bank", "late-clients")
 
 console = Console()
 
@@ -91,7 +94,7 @@ def plan(
         plan_table(console, found, federation)
 
 
-@run_options(without=("adapter",))
+@run_options(without=UNCOMPARED)
 def compare(
     context: typer.Context,
     adapters: Annotated[

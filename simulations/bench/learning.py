@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,15 +90,21 @@ def _study_faults(study: Any) -> Iterator[str]:
         yield f"unknown keys: {', '.join(unknown)}"
 
 
-def run_one(config: Mapping[str, Any], texts: Path) -> dict[str, Any]:
-    """Train one run on prepared texts; the summary with its config."""
+def run_one(config: Mapping[str, Any], texts: Path, model: str = "") -> dict[str, Any]:
+    """Train one run on prepared texts; the summary with its config.
+
+    Args:
+        config: of the run.
+        texts: folder of prepared texts.
+        model: where the base lies, if elsewhere than the config says.
+    """
     torch.set_num_threads(1)
     started = time.monotonic()
     settings = SiteSettings.from_run_config(config)
     prepared = load_texts(texts_file(texts, settings))
     device = find_device(settings.device)
     base = load_base(
-        settings.model,
+        model or settings.model,
         prepared.labels,
         device,
         dtype=settings.dtype,
@@ -120,7 +127,7 @@ def _versions() -> dict[str, str]:
     return {**installed_versions(("transformers", "numpy")), "torch": torch.__version__}
 
 
-def prepare(configs: list[Config], texts: Path) -> None:
+def prepare(configs: list[Config], texts: Path, model: str = "") -> None:
     """Write the texts that the runs need, each once."""
     from fl_client.opening import prepare_texts  # the data libraries are needed here alone
 
@@ -128,7 +135,7 @@ def prepare(configs: list[Config], texts: Path) -> None:
         settings = SiteSettings.from_run_config(config)
         target = texts_file(texts, settings)
         if not target.exists():
-            save_texts(target, prepare_texts(settings))
+            save_texts(target, prepare_texts(replace(settings, model=model or settings.model)))
             print(
                 f"{target}: {config.get('data')}, {config.get('partition')}, seed {config.get('seed')}",
                 flush=True,
@@ -192,8 +199,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("study", type=Path, nargs="?", help="JSON file of the study")
     parser.add_argument("--texts", type=Path, default=Path("texts"), help="folder of prepared texts")
     parser.add_argument("--prepare", action="store_true", help="write the prepared texts, train nothing")
-    parser.add_argument("--model", help="base model, where it lies elsewhere than the study says")
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
+    parser.add_argument("--model", default="", help="base model, where it lies elsewhere than the study says")
+    parser.add_argument("--processes", type=_positive, default=1, help="runs at a time")
     parser.add_argument(
         "--seconds", type=float, default=0.0, help="stop waiting for runs after this time; 0 never"
     )
@@ -203,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=Path,
         action="append",
         default=[],
-        help="results of a study of rates on training texts: run each method at its best",
+        help="results of a study of rates with eval-split train: run each method at its best",
     )
     parser.add_argument("--commit", default="", help="of this code, where git cannot tell")
     parser.add_argument(
@@ -225,14 +232,18 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
 def _run(given: argparse.Namespace) -> None:
     configs = read_study(given.study)
-    if given.model:
-        configs = [{**config, "model": given.model} for config in configs]
     if given.rates:
         configs = with_rates(configs, read_results(given.rates))
     if given.prepare:
-        prepare(configs, given.texts)
+        prepare(configs, given.texts, given.model)
         return
     origin = {
         "command": retold_commands(given.study, given.rates),
@@ -240,12 +251,13 @@ def _run(given: argparse.Namespace) -> None:
     }
     if given.json is not None:
         _require_place(given.json)
-    results = _run_all(configs, given.texts, given.processes, given.seconds, given.json, origin)
+    train = partial(_guarded, texts=given.texts, model=given.model)
+    results = _run_all(configs, train, given.processes, given.seconds, given.json, origin)
     finished = [result for result in results if "error" not in result]
     print(f"{len(finished)} of {len(configs)} runs; torch {torch.__version__}, {_device_name()}")
     print(table(finished))
     print(f"\n{tables(finished)}")
-    if len(finished) < len(results):
+    if len(finished) < len(configs):
         sys.exit(1)
 
 
@@ -268,7 +280,7 @@ def _tell(files: list[Path], plot: Path | None) -> None:
 
 def _run_all(
     configs: list[Config],
-    texts: Path,
+    train: Callable[[Config], dict[str, Any]],
     processes: int,
     seconds: float,
     target: Path | None,
@@ -277,7 +289,7 @@ def _run_all(
     """What each run came to, or its error; `target` holds it as it comes."""
     started = time.monotonic()
     results: list[dict[str, Any]] = []
-    train, start = partial(_guarded, texts=texts), partial(_take_gpu, processes=min(processes, len(configs)))
+    start = partial(_take_gpu, processes=min(processes, len(configs)))
     for config, result in in_processes(train, configs, processes, start, seconds):
         found = result or {"config": config, "error": DIED}
         found["origin"] = {**origin, "device": found.pop("device", "")}
@@ -302,17 +314,19 @@ def _take_gpu(number: int, processes: int) -> None:
     torch.set_float32_matmul_precision("high")
 
 
-def _guarded(config: Config, texts: Path) -> dict[str, Any]:
+def _guarded(config: Config, texts: Path, model: str) -> dict[str, Any]:
     """One bad setting must not end a study of hundreds."""
     warnings.simplefilter("ignore")
     try:
-        return run_one(config, texts)
+        return run_one(config, texts, model)
     except Exception as error:
         return {"config": config, "error": f"{type(error).__name__}: {error}"}
 
 
 def texts_file(texts: Path, settings: SiteSettings) -> Path:
-    return texts / f"{hashlib.sha256(repr(settings.data).encode()).hexdigest()[:12]}.npz"
+    """By the data and the model whose tokens they are."""
+    key = repr((settings.data, settings.model))
+    return texts / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
 
 
 def _device_name() -> str:

@@ -77,7 +77,8 @@ def with_rates(configs: Sequence[Config], trials: Sequence[Result]) -> list[Conf
     A rate counts where every seed of it came to an end.
 
     Raises:
-        RunError: a trial was scored on other than training texts, or a method was not tried.
+        RunError: a trial was scored on other than training texts, trials on one data set differ in more than
+            their methods, or a method was not tried.
     """
     seen = {str(trial["config"].get("eval-split", "")) for trial in trials}
     if seen - {"train"}:
@@ -85,29 +86,49 @@ def with_rates(configs: Sequence[Config], trials: Sequence[Result]) -> list[Conf
             f"rates: runs scored on eval-split {', '.join(sorted(repr(name) for name in seen - {'train'}))}, "
             "expected 'train': rates are not chosen on what is compared"
         )
-    tried: dict[str, dict[str, list[Result]]] = {}
+    for data, protocols in _protocols(trials).items():
+        if len(protocols) > 1:
+            raise RunError(f"rates: {data} was tried in {len(protocols)} ways: {'; '.join(protocols)}")
+    tried: dict[str, dict[str, dict[int, Result]]] = {}
     for trial in trials:
         rate = json.dumps({key: value for key, value in trial["config"].items() if key in RATES})
-        tried.setdefault(_key(trial["config"]), {}).setdefault(rate, []).append(trial)
+        tried.setdefault(_key(trial["config"]), {}).setdefault(rate, {})[trial["config"]["seed"]] = trial
     best = {key: _best(rates) for key, rates in tried.items()}
     if missing := [config for config in configs if _key(config) not in best]:
         raise RunError(f"rates: {_key(missing[0])} was not tried, expected every method of the study")
     return [{**config, **best[_key(config)]} for config in configs]
 
 
+def _protocols(trials: Sequence[Result]) -> dict[str, list[str]]:
+    """By data set all that its trials share but for seed and method, in words."""
+    found: dict[str, list[str]] = {}
+    for config in (trial["config"] for trial in trials):
+        method = method_of(config)
+        rest = {key: value for key, value in sorted(config.items()) if key not in {*method, "seed", "data"}}
+        told = ", ".join(f"{key} {value}" for key, value in rest.items())
+        ways = found.setdefault(_data(config), [])
+        if told not in ways:
+            ways.append(told)
+    return found
+
+
+def _data(config: Mapping[str, Any]) -> str:
+    return str(config.get("data", "docstrings"))
+
+
 def _key(config: Mapping[str, Any]) -> str:
     """Data and method, but for the rates."""
     method = {key: value for key, value in method_of(config).items() if key not in RATES}
-    return json.dumps({"data": config.get("data", "docstrings"), **method}, sort_keys=True)
+    return json.dumps({"data": _data(config), **method}, sort_keys=True)
 
 
-def _best(rates: Mapping[str, Sequence[Result]]) -> Config:
-    whole = max(map(len, rates.values()))
+def _best(rates: Mapping[str, Mapping[int, Result]]) -> Config:
+    whole = max((runs.keys() for runs in rates.values()), key=len)
     means = {
-        rate: statistics.fmean(run["score"]["last3"] for run in runs)
+        rate: statistics.fmean(run["score"]["last3"] for run in runs.values())
         for rate, runs in rates.items()
-        if len(runs) == whole
+        if runs.keys() == whole
     }
-    lower = next(iter(rates.values()))[0]["score"]["metric"] == "loss"
+    lower = next(iter(next(iter(rates.values())).values()))["score"]["metric"] == "loss"
     kept: Config = json.loads((min if lower else max)(means, key=lambda rate: means[rate]))
     return kept

@@ -67,8 +67,10 @@ def pair(results: list[Result], against: Mapping[str, str], score: str = "last3"
         score: "last3", "best" or another of a summary's.
 
     Raises:
-        RunError: no setting, or several, are so.
+        RunError: no setting, or several, are so; or some run has no such score.
     """
+    if missing := [run for run in results if score not in run["score"]]:
+        raise RunError(f"results: {len(missing)} of {len(results)} runs have no score {score!r}")
     groups: dict[Setting, dict[int, Result]] = {}
     for result in results:
         setting = _setting(result["config"])
@@ -112,21 +114,23 @@ def _table(pairings: list[Pairing], score: str) -> str:
 
 
 def plot(pairings: list[Pairing], target: Path) -> None:
-    """Differences by bits of a number going up, with and without error feedback."""
+    """Differences by bits of a number going up, with and without error feedback.
+
+    Raises:
+        RunError: no setting names them, with two seeds or more.
+    """
+    curves = {feedback: _by_bits(pairings, feedback) for feedback in ("off", "on")}
+    if not any(curves.values()):
+        raise RunError("--plot: no setting has wire-up-bits and two seeds or more; there is no curve to draw")
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    for feedback in ("off", "on"):
-        points = sorted(
-            (float(dict(item.setting)["wire-up-bits"]), 100 * item.difference.mean, 100 * item.half)
-            for item in pairings
-            if dict(item.setting).get("wire-feedback", "off") == feedback
-            and dict(item.setting).get("wire-up-bits")
-            and item.half is not None
-        )
+    for feedback, points in curves.items():
+        if not points:
+            continue
         bits, means, halves = zip(*points, strict=True)
         axes.errorbar(bits, means, yerr=halves, marker="o", capsize=3, label=f"feedback {feedback}")
     axes.axhline(0, color="grey", linewidth=0.8)
@@ -136,6 +140,17 @@ def plot(pairings: list[Pairing], target: Path) -> None:
     axes.legend()
     figure.savefig(target, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def _by_bits(pairings: list[Pairing], feedback: str) -> list[tuple[float, float, float]]:
+    """(bits, points of difference, half the width of their interval), rising."""
+    return sorted(
+        (float(dict(item.setting)["wire-up-bits"]), 100 * item.difference.mean, 100 * item.half)
+        for item in pairings
+        if dict(item.setting).get("wire-feedback", "off") == feedback
+        and dict(item.setting).get("wire-up-bits")
+        and item.half is not None
+    )
 
 
 def _setting(config: Mapping[str, Any]) -> Setting:
@@ -162,11 +177,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--against {given.against}: expected KEY=VALUE, more by comma")
     try:
         pairings = pair(read_results(given.results), against, given.score)
+        print(f"{given.score} against {given.against}, paired by seed\n\n{_table(pairings, given.score)}")
+        if given.plot:
+            plot(pairings, given.plot)
     except FedVBError as error:
         parser.error(str(error))
-    print(f"{given.score} against {given.against}, paired by seed\n\n{_table(pairings, given.score)}")
-    if given.plot:
-        plot(pairings, given.plot)
 
 
 if __name__ == "__main__":

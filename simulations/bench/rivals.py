@@ -17,8 +17,8 @@ from fl_client.settings import DataSettings, SiteSettings
 from fl_client.train import LocalSettings
 from fl_server.settings import ServerSettings
 from simulations.compare.results import FLOAT32, Comparison, Result, Row, compared, result_of
-from simulations.compare.scores import spread
-from simulations.compare.tables import columns, markdown, shown_spread, verdict
+from simulations.compare.tables import columns, markdown, verdict
+from simulations.config import default_config
 from vblora.adapters import NUMBERS
 
 __all__ = ["RATES", "comparisons", "method_of", "tables"]
@@ -106,11 +106,14 @@ def _about(results: Sequence[Mapping[str, Any]], seeds: int) -> str:
 
 
 def _methods(results: Sequence[Mapping[str, Any]]) -> Methods:
-    """The methods by name, each with its runs."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    """The methods by name, each with its runs. A default is the same, said or not."""
+    defaults = default_config()
+    found: dict[frozenset[tuple[str, Any]], list[Mapping[str, Any]]] = {}
     for result in results:
-        found.setdefault(json.dumps(method_of(result["config"]), sort_keys=True), []).append(result)
-    methods = [json.loads(key) for key in found]
+        said = method_of(result["config"]).items()
+        key = frozenset((name, value) for name, value in said if defaults.get(name) != value)
+        found.setdefault(key, []).append(result)
+    methods = [method_of(runs[0]["config"]) for runs in found.values()]
     names = [_name(method, methods) for method in methods]
     return dict(zip(names, zip(methods, found.values(), strict=True), strict=True))
 
@@ -123,13 +126,8 @@ def _compared(methods: Methods) -> Comparison:
 
 
 def _more_columns(methods: Methods) -> dict[str, Callable[[Row], str]]:
-    """What only a study's runs tell, where some do: clients' own scores, scores of answers, the rate that a
-    method was given, the commits of its runs."""
+    """What only a study's runs tell, where some do: the rate of a method, the commits of its runs."""
     asked: dict[str, Callable[[Config, Runs], str]] = {
-        "own, last three": lambda _, runs: _own(runs, "own_last3"),
-        "spread among clients": lambda _, runs: _own(runs, "own_std"),
-        "BLEU": lambda _, runs: _texts(runs, "bleu"),
-        "ROUGE-L": lambda _, runs: _texts(runs, "rouge_l"),
         "rate": lambda method, _: ", ".join(f"{method[key]:g}" for key in RATES if key in method),
         "commit": lambda _, runs: ", ".join(
             dict.fromkeys(run["origin"]["commit"] for run in runs if "origin" in run)
@@ -143,16 +141,6 @@ def _more_columns(methods: Methods) -> dict[str, Callable[[Row], str]]:
 
 def _cell(cells: Mapping[str, str]) -> Callable[[Row], str]:
     return lambda row: cells[row.name]
-
-
-def _own(runs: Runs, name: str) -> str:
-    found = [run["score"][name] for run in runs if name in run["score"]]
-    return shown_spread(spread(found)) if found else ""
-
-
-def _texts(runs: Runs, name: str) -> str:
-    found = [run["score"]["texts"][name] for run in runs if "texts" in run["score"]]
-    return shown_spread(spread(found)) if found else ""
 
 
 def _name(method: Config, methods: Sequence[Config]) -> str:

@@ -70,8 +70,10 @@ def _template() -> str:
 
 def _about(protocol: Protocol, comparison: Comparison) -> str:
     base = protocol.base
-    labelled = base["partition"] == "auto" and comparison.metric == "accuracy"
-    by = f"dirichlet:{AUTO_ALPHA:g}" if labelled else base["partition"]
+    by = base["partition"]
+    if by == "auto":
+        mixed = f"dirichlet:{AUTO_ALPHA:g}"
+        by = mixed if comparison.metric == "accuracy" else f"iid, or {mixed} where texts have groups"
     seeds = "one seed" if protocol.seeds == 1 else f"{protocol.seeds} seeds"
     return (
         f"{base['clients']} clients, {base['clients-per-round']} a round, {base['rounds']} rounds of "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from simulations.compare.scores import (
@@ -53,6 +53,7 @@ class Result:
         seconds: of all rounds.
         averaged: evaluations that last3 is the mean of, where there were fewer than three.
         memory, gpu: bytes of main and GPU memory at most; 0 where nobody looked.
+        more: other scores by name, where they were asked for: clients' own, and those of answers.
     """
 
     seed: int
@@ -71,6 +72,7 @@ class Result:
     averaged: int = 3
     memory: int = 0
     gpu: int = 0
+    more: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def by_bytes(self) -> list[tuple[float, float]]:
@@ -176,8 +178,21 @@ def result_of(summary: Mapping[str, Any], traced: Mapping[str, Any], **measured:
         sent=summary["parameters"]["sent"],
         seconds=summary["seconds"],
         averaged=score.get("averaged", 3),
+        more=_more(score),
         **measured,
     )
+
+
+def _more(score: Mapping[str, Any]) -> dict[str, float]:
+    texts = score.get("texts", {})
+    named = {
+        "own, last three": score.get("own_last3"),
+        "spread among clients": score.get("own_std"),
+        "exact match": texts.get("exact_match"),
+        "BLEU": texts.get("bleu"),
+        "ROUGE-L": texts.get("rouge_l"),
+    }
+    return {name: float(value) for name, value in named.items() if value is not None}
 
 
 def compared(groups: Mapping[str, Sequence[Result]], baseline: str, metric: str) -> Comparison:

@@ -23,7 +23,7 @@ from simulations.config import check_config
 from simulations.units import duration
 from vblora.errors import RunError
 
-__all__ = ["Outcome", "Trial", "best_rate", "compare"]
+__all__ = ["Outcome", "Trial", "best_rate", "compare", "tried_rates"]
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def compare(protocol: Protocol, console: Console, at_once: int = 0) -> Outcome:
     check_existing([*tuning, *expected])
     left = [run for run in tuning if not is_finished(run)]
     if not left:
-        expected = protocol.final_runs(_rates(_trials(protocol, tuning)))
+        expected = protocol.final_runs(_rates(tried_rates(protocol, tuning)))
     left += [run for run in expected if not is_finished(run)]
-    trials = _train(protocol, tuning, len(left), console, at_once) if left else _trials(protocol, tuning)
+    trials = _train(protocol, tuning, len(left), console, at_once) if left else tried_rates(protocol, tuning)
     final = protocol.final_runs(_rates(trials))
     groups: dict[str, list[Result]] = {}
     for run in final:
@@ -107,8 +107,8 @@ def _train(
     layout, seconds = share_out(probe, left, protocol.base, at_once)
     _tell(console, protocol, probe, len(tuning), left, layout, seconds)
     with Board(console, left, seconds) as board:
-        lost = {failure.run for failure in run_all(tuning, layout, board)}
-        trials = _trials(protocol, [run for run in tuning if run not in lost])
+        failed = {failure.run: failure.reason for failure in run_all(tuning, layout, board)}
+        trials = tried_rates(protocol, [run for run in tuning if run not in failed], failed)
         final = protocol.final_runs(_rates(trials))
         check_existing(final)
         if failures := run_all(final, layout, board):
@@ -149,7 +149,9 @@ def _tell(
     console.print()
 
 
-def _trials(protocol: Protocol, finished: Sequence[Planned]) -> dict[str, tuple[Trial, ...]]:
+def tried_rates(
+    protocol: Protocol, finished: Sequence[Planned], failed: Mapping[Planned, str] | None = None
+) -> dict[str, tuple[Trial, ...]]:
     """The rates that were tried, and of each contender the best; its default where none was tried.
 
     Raises:
@@ -170,8 +172,10 @@ def _trials(protocol: Protocol, finished: Sequence[Planned]) -> dict[str, tuple[
         }
         whole = {rate: statistics.fmean(own) for rate, own in scores.items() if len(own) == protocol.tune}
         if not whole:
+            reason = next((reason for run, reason in (failed or {}).items() if run.contender == name), "")
             raise RunError(
-                f"compare: no rate of {name} could be tried to the end; lower them: {contender.values}"
+                f"compare: none of the rates {', '.join(f'{rate:g}' for rate in contender.values)} of {name} "
+                f"could be tried to the end: {reason}"
             )
         best = best_rate(whole, contender.default, _higher(finished))
         found[name] = tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from simulations.compare.results import FLOAT32, SHARES, Comparison, Row
-from simulations.compare.scores import Interval, Reached, Spread, paired
+from simulations.compare.scores import Interval, Reached, Spread, paired, spread
 from simulations.units import size
 
 __all__ = [
@@ -41,6 +41,8 @@ def score_columns(comparison: Comparison) -> Columns:
         made[f"against {comparison.baseline}"] = lambda row: difference(row.difference, comparison.metric)
         if coded := _coded(comparison):
             made[f"against {coded.name}"] = lambda row: difference(_paired(row, coded), comparison.metric)
+    more = dict.fromkeys(name for row in comparison.rows for result in row.results for name in result.more)
+    made |= {name: _more(name) for name in more}
     if any(row.mean("seconds") for row in comparison.rows):
         made["seconds"] = lambda row: f"{row.mean('seconds'):,.0f}"
     if any(row.mean("memory") for row in comparison.rows):
@@ -221,6 +223,14 @@ def shown_spread(found: Spread) -> str:
 
 def _spread(row: Row) -> str:
     return shown_spread(row.score)
+
+
+def _more(name: str) -> Callable[[Row], str]:
+    def show(row: Row) -> str:
+        found = [result.more[name] for result in row.results if name in result.more]
+        return shown_spread(spread(found)) if found else ""
+
+    return show
 
 
 def _target(share: float) -> Callable[[Row], str]:

@@ -146,6 +146,7 @@ def test_on_a_cpu_only_clients_of_one_length_train_together():
     assert tried(CohortSizer(CPU)) == [3, 4, 1, 1]
     assert tried(CohortSizer(CPU, 5)) == [5, 4], "a size that was asked for is used"
     assert doubled(CohortSizer(CPU), range(10))[1] == [ON_CPU, ON_CPU, 10 - 2 * ON_CPU]
+    assert doubled(CohortSizer(torch.device("mps")), range(5))[1] == [ON_CPU, 1], "which tells no free memory"
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,15 @@ def test_late_clients_must_fit():
     ):
         ServerSettings(late_clients=6, freeze_bank=3)
 
+    with pytest.raises(ConfigError, match=r"late-clients is 2, which come after round 8 .* of 8; raise"):
+        ServerSettings(late_clients=2, freeze_bank=8, rounds=8)
+
+
+def test_a_share_of_the_replies_closes_a_round():
+    assert [ServerSettings(close_at=share).enough(25) for share in (0.28, 0.29, 1.0)] == [7, 8, 25]
+    assert ServerSettings(close_at=0.56).enough(25) == 14
+    assert ServerSettings(close_at=0.1, quorum=3).enough(5) == 3
+
 
 def test_schedule():
     cosine = ServerSettings(rounds=11, warmup_rounds=0, final_scale=0.2)

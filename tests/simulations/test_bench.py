@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fl_client.settings import SiteSettings
 from simulations.bench import cohort, engines, learning, step, steps, ways
 from simulations.bench.crowd import measure_overhead, measure_scale
 from simulations.bench.engines import Engine, apart, measure_engines
@@ -242,6 +243,26 @@ def test_processes_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyP
     for number in range(3):
         learning._take_gpu(number, processes=3)
     assert sum(given) == pytest.approx(learning.MEMORY)
+
+
+def test_prepared_texts_are_those_of_a_model(tmp_path: Path):
+    """Another tokenizer's numbers would be trained on without a word."""
+    named = {name: SiteSettings.from_run_config({"model": name}) for name in ("minilm", "./other")}
+    assert len({learning.texts_file(tmp_path, settings) for settings in named.values()}) == 2
+
+
+def test_a_study_without_all_its_runs_has_not_gone_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    study = tmp_path / "study.json"
+    study.write_text(json.dumps({"runs": [{}], "seeds": [0, 1]}))
+    monkeypatch.setattr(learning, "in_processes", lambda *_: iter(()))  # as where --seconds is over
+    for typed, told in (([], "0 of 2 runs"), (["--processes", "0"], "0 is less than 1")):
+        with pytest.raises(SystemExit) as left:
+            learning.main([str(study), *typed])
+        shown = capsys.readouterr()
+        assert left.value.code == (2 if typed else 1)
+        assert told in shown.out + shown.err
 
 
 def test_studies_rank_by_what_is_better():

@@ -52,6 +52,16 @@ def test_of_losses_the_least_is_the_best():
     assert with_rates([{"adapter": "lora"}], trials) == [{"adapter": "lora", "lr-rows": 0.2}]
 
 
+def test_a_rate_is_tried_with_the_seeds_of_the_others_and_in_one_way():
+    low = [trial(seed, 0.7, adapter="lora", lr_rows=0.1) for seed in (1000, 1001)]
+    high = [trial(seed, 0.9, adapter="lora", lr_rows=0.2) for seed in (1001, 1002)]
+    twice = [trial(1000, 0.8, adapter="lora", lr_rows=0.4)] * 2  # a file given twice is one trial
+    assert with_rates([{"adapter": "lora"}], [*low, *high, *twice]) == [{"adapter": "lora", "lr-rows": 0.1}]
+    skewed = trial(1000, 0.9, adapter="lora", lr_rows=0.1, partition="iid")
+    with pytest.raises(RunError, match=r"docstrings was tried in 2 ways: .*; .*partition iid"):
+        with_rates([{"adapter": "lora"}], [*low, skewed])
+
+
 def test_rates_are_never_chosen_on_what_is_compared():
     with pytest.raises(RunError, match=r"eval-split 'dev\+test', expected 'train'"):
         with_rates([], [*TRIALS, trial(0, 0.9, adapter="lora", eval_split="dev+test")])

@@ -65,6 +65,24 @@ def test_table_and_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert imread(tmp_path / "curve.png").shape[0] > 200
 
 
+def test_what_there_is_no_curve_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One of two ways to give feedback is enough; no bits are not."""
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(RESULTS[:-2]))
+    main([str(path), "--against", "wire-up-bits=32", "--plot", str(tmp_path / "curve.png")])
+    assert (tmp_path / "curve.png").exists()
+    path.write_text(json.dumps([result(seed, 0.8, 9, rank=rank) for rank in (4, 8) for seed in (0, 1)]))
+    for more, told in (
+        (["--plot", str(tmp_path / "none.png")], "no setting has wire-up-bits"),
+        (["--score", "own_last3"], "4 of 4 runs have no score 'own_last3'"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main([str(path), "--against", "rank=4", *more])
+        assert left.value.code == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "none.png").exists()
+
+
 def test_losses_are_not_told_in_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     results = [result(seed, loss, 1000, rank=rank) for rank, loss in ((4, 2.5), (8, 2.25)) for seed in (0, 1)]
     for each in results:

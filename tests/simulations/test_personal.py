@@ -98,7 +98,8 @@ def test_late_clients_train_their_own_part_on_a_frozen_bank(tiny_bert: Path, top
 
 def test_a_clients_adapter_has_its_own_parts(fedvb: Run, whole: Path, tmp_path: Path):
     pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[peft]'")
-    assert fedvb("export", whole, "--out", "shared").code == 0
+    shown = fedvb("export", whole, "--out", "shared")
+    assert shown.out.strip() == "vblora adapter (full) with the seed's head of round 4 -> shared"
     shown = fedvb("export", whole, "--out", "own", "--client", "1")
     assert shown.out.strip() == "vblora adapter (full) of client 1 of round 4 -> own"
     shared, own = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("shared", "own"))
@@ -110,6 +111,16 @@ def test_a_clients_adapter_has_its_own_parts(fedvb: Run, whole: Path, tmp_path: 
     assert (own[names["classifier.weight"]].flatten() == head[: 3 * 32]).all()
     assert (shared[names["classifier.weight"]] != own[names["classifier.weight"]]).any()
     assert (shared[names["vector_bank"]] == own[names["vector_bank"]]).all()
+
+
+def test_a_head_that_nobody_trained_answers_nothing(fedvb: Run, whole: Path, tmp_path: Path):
+    told = "its clients keep their heads (personal is head,logits); choose one with --client, 0 to 3"
+    for typed in (["predict", whole, "ball"], ["export", whole, "--format", "merged", "--out", "model"]):
+        refused = fedvb(*typed)
+        assert (refused.code, refused.out) == (2, "")
+        assert told in refused.err
+        assert fedvb(*typed, "--client", "1").code == 0
+    assert "with the seed's head" in fedvb("export", whole, "--format", "lora", "--out", "lora").out
 
 
 def test_a_client_that_has_not_trained_has_the_shared_adapter(tiny_bert: Path, topics: Path, tmp_path: Path):

@@ -190,6 +190,7 @@ def test_no_number_and_no_name_is_cut(fedvb: Run, monkeypatch: pytest.MonkeyPatc
     figures = shown.out.split("sends 1/")[0]
     assert {*names, "188,284,928", "250,347,520"} <= set(figures.split())
     assert "r 6, h 2048, b 256, k 2" in figures
+    assert "d 32768" in figures
     assert ("│" in figures) == (width == 300)
     if width == 80:
         assert max(map(len, figures.splitlines())) <= width

@@ -100,6 +100,15 @@ def test_numbers_that_found_rates_of_their_own_keep_their_names():
     assert "| fewer than lora:8 float32 | fewer than lora:8 |" in tables(found)
 
 
+def test_a_default_is_the_same_said_or_not():
+    found = [
+        result(0, [0.5, 0.8], 10, adapter="vblora", num_vectors=32, lr_bank=LocalSettings.lr_bank),
+        result(1, [0.5, 0.6], 10, num_vectors=32.0),
+    ]
+    ((_, comparison),) = comparisons(found)
+    assert [(row.name, len(row.results)) for row in comparison.rows] == [("vblora:32", 2)]
+
+
 def test_the_best_lora_is_the_baseline():
     found = [
         result(0, [0.5, 0.7], 10, adapter="lora", rank=8, lr_rows=1.0),
@@ -130,8 +139,8 @@ def test_own_scores_and_scores_of_answers_have_columns():
     for at, one in enumerate(found[:2]):
         one["score"] |= {"own_last3": 0.9, "own_std": 0.1, "texts": {"bleu": 12.5 + at, "rouge_l": 0.25}}
     shown = tables(found)
-    assert "| own, last three | spread among clients | BLEU | ROUGE-L | rate |" in shown
-    assert "| 0.9000 | 0.1000 | 13.5000 | 0.2500 |  |" in shown
+    assert "| own, last three | spread among clients | BLEU | ROUGE-L | seconds |" in shown
+    assert "| 0.9000 | 0.1000 | 13.5000 | 0.2500 | 1 |" in shown
 
 
 def test_tables_of_what_a_study_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -42,7 +42,8 @@ def times(out: Path) -> dict[str, int]:
 
 def test_a_comparison_is_trained_once_and_grows(fedvb: Run, short: list[str], tmp_path: Path):
     out = tmp_path / "cmp"
-    typed = ["compare", *short, "--adapters", "vblora,lora:2", "--out", "cmp"]
+    common = [*short, "--no-label-mix", "--own-scores", "--out", "cmp"]
+    typed = ["compare", *common, "--adapters", "vblora,lora:2"]
     first = fedvb(*typed, "--seeds", "1")
     assert (first.code, first.err) == (0, "")
     assert {path.name for path in out.iterdir()} == FILES
@@ -65,6 +66,10 @@ def test_a_comparison_is_trained_once_and_grows(fedvb: Run, short: list[str], tm
     assert run["last3"] == summary["score"]["last3"]
     assert run["total"] == summary["bytes"]["up_total"] + summary["bytes"]["down_total"]
     assert run["memory"] > 50e6
+    assert run["more"] == {
+        "own, last three": summary["score"]["own_last3"],
+        "spread among clients": summary["score"]["own_std"],
+    }
     sent = {name: found["adapters"][name]["runs"][0]["up"] for name in found["adapters"]}
     assert sent["lora:2 float32"] > 4 * sent["lora:2"] > sent["vblora"]
 
@@ -74,7 +79,7 @@ def test_a_comparison_is_trained_once_and_grows(fedvb: Run, short: list[str], tm
     assert (again.code, again.err) == (0, "")
     assert "work " not in again.out
     assert (out / "report.html").read_bytes() == report
-    more = fedvb("compare", *short, "--adapters", "vblora,lora:2,bank-only", "--seeds", "1", "--out", "cmp")
+    more = fedvb("compare", *common, "--adapters", "vblora,lora:2,bank-only", "--seeds", "1")
     assert (more.code, more.err) == (0, "")
     assert "work     1 runs of 2 rounds, 3 of 4 are there; 1 at a time" in more.out
     assert before.items() < times(out).items()
@@ -119,6 +124,9 @@ def test_rates_are_chosen_on_other_texts(fedvb: Run, short: list[str], tmp_path:
         ("--clients-per-round 9", "clients-per-round is 9 but there are 4 clients"),
         ("--resume", "No such option '--resume'"),
         ("--adapter lora", "No such option"),
+        ("--start adapter", "No such option"),
+        ("--personal head", "No such option"),
+        ("--freeze-bank 1", "No such option"),
         ("--out file", "file is a file, expected a directory"),
     ],
 )
