@@ -157,8 +157,8 @@ def predict(
     template: Annotated[
         Template,
         typer.Option(
-            help="Prompts through the tokenizer's chat template: auto (as the run's --chat-template), or off, "
-            "which a run on plain text wants."
+            help="Prompts through the tokenizer's chat template: auto (as the run's --chat-template), off "
+            "is what a run on plain text wants."
         ),
     ] = Template.auto,
     client: Annotated[
