@@ -157,7 +157,7 @@ def predict(
     template: Annotated[
         Template,
         typer.Option(
-            help="Prompts through the tokenizer's chat template: auto (as the run's --chat-template), off "
+            help="Prompts through the tokenizer's chat template: auto (as the run's --chat-template); off "
             "is what a run on plain text wants."
         ),
     ] = Template.auto,
