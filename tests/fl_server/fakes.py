@@ -170,3 +170,8 @@ class QuietClient(FakeClient):
         dense = {name: change * np.float32(name not in silent) for name, change in update.dense.items()}
         topk = state.topk if "logits" in silent else update.topk
         return replace(reply, blob=encode_update(replace(update, dense=dense, topk=topk), self.blueprint))
+
+
+class LossClient(FakeClient):
+    def description(self) -> dict[str, Any]:
+        return {**super().description(), "metric": {"name": "loss", "higher_is_better": False}}

@@ -129,3 +129,11 @@ def outputs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     if logits.dim() == 3:
         return logits * inputs["attention_mask"].unsqueeze(-1)
     return logits
+
+
+def copy_head(base: nn.Module, blueprint: Blueprint, state: State) -> None:
+    start = 0
+    for tensor in blueprint.head:
+        value = torch.from_numpy(state.dense["head"][start : start + tensor.size]).view(tensor.shape)
+        base.get_parameter(tensor.name).data.copy_(value)
+        start += tensor.size
