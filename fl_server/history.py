@@ -16,6 +16,8 @@ from vblora.versions import installed_versions
 
 __all__ = ["History", "Record", "RejectedReply", "RoundBytes", "blank_record", "summarise"]
 
+BEFORE = {"events.jsonl", "lock"}  # what a run may have in its directory before it exists
+
 
 class RejectedReply(TypedDict):
     """A reply that brought nothing, and why."""
@@ -105,7 +107,7 @@ class History:
         self.records: list[Record] = []
 
     def check(self, resume: bool) -> None:
-        """See that there is a run exactly where one is to be resumed.
+        """See that there is a run exactly where one is to be resumed, and nothing else where one begins.
 
         Raises:
             RunError: the directory is taken, or holds no run.
@@ -115,6 +117,8 @@ class History:
             raise RunError(f"{out}: no run to resume, expected {self.path.name}; start without --resume")
         if not resume and (self.path.exists() or any(out.glob("checkpoints/round-*"))):
             raise RunError(f"{out}: taken by a run; go on with --resume or choose another --out")
+        if not resume and (others := sorted({path.name for path in out.glob("*")} - BEFORE)):
+            raise RunError(f"{out}: holds {others[0]}; choose a folder for --out that is new or empty")
 
     def create(self) -> None:
         """Begin the file."""

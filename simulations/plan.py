@@ -252,10 +252,11 @@ def _sections(blueprint: Blueprint, phase: str, wire: WireSettings) -> dict[str,
 def _part(blueprint: Blueprint) -> tuple[Blueprint, float]:
     """As many layers as `WHOLE` numbers take, drawn from the seed, and their share of all numbers.
 
-    What an update of free factors weighs goes by the number of factors: a replay draws all alike.
+    What an update of free factors weighs goes by the number of factors: a replay draws all alike. A bank and
+    a vector are as large for one layer as for all.
     """
     whole = _dense(blueprint)
-    if whole <= WHOLE:
+    if whole <= WHOLE or {"bank", "theta"} & blueprint.dense_shapes.keys():
         return blueprint, 1.0
     order = np.random.default_rng(0).permutation(len(blueprint.linears))
     part = blueprint

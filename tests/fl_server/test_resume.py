@@ -218,6 +218,15 @@ def test_directories_that_are_taken_missing_or_damaged(tmp_path: Path):
         run(tmp_path / "a", resume=True)
 
 
+def test_a_run_begins_in_a_folder_of_its_own(tmp_path: Path):
+    """Not over the config.json of a model."""
+    (tmp_path / "config.json").write_text("a model's")
+    with pytest.raises(RunError, match=r"holds config.json; choose a folder for --out that is new or empty"):
+        run(tmp_path, rounds=1)
+    assert (tmp_path / "config.json").read_text() == "a model's"
+
+
+
 def test_resume_with_another_adapter_tells_what_differs(tmp_path: Path):
     interrupted(tmp_path, 2)
     other = make_blueprint(replace(SPEC, rank=4, seed=6))

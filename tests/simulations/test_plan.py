@@ -47,6 +47,16 @@ def test_a_part_of_the_layers_weighs_as_much_as_all(monkeypatch: pytest.MonkeyPa
     assert part.head_up_bytes == pytest.approx(whole.head_up_bytes, rel=0.01)
 
 
+def test_a_bank_is_not_cut_into_layers(monkeypatch: pytest.MonkeyPatch):
+    """It is as large for one as for all; a vector of more numbers than one layer reads is none of one."""
+    from simulations import plan
+
+    adapters = parse_adapters("vblora,uni-lora:40000")
+    whole = plan_adapters("roberta-base", 2, adapters, {}).adapters
+    monkeypatch.setattr(plan, "WHOLE", 1 << 10)
+    assert plan_adapters("roberta-base", 2, adapters, {}).adapters == whole
+
+
 def test_the_same_sizes_as_a_run_of_that_model(finished: Path, tiny_bert: Path):
     summary = json.loads((finished / "summary.json").read_text())
     one = plan_adapters(str(tiny_bert), 3, parse_adapters("vblora"), {}).adapters["vblora"]
