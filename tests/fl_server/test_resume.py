@@ -226,7 +226,6 @@ def test_a_run_begins_in_a_folder_of_its_own(tmp_path: Path):
     assert (tmp_path / "config.json").read_text() == "a model's"
 
 
-
 def test_resume_with_another_adapter_tells_what_differs(tmp_path: Path):
     interrupted(tmp_path, 2)
     other = make_blueprint(replace(SPEC, rank=4, seed=6))
