@@ -239,6 +239,14 @@ def edit(folder: Path, **changes: Any) -> None:
     [
         ({"peft_type": "IA3"}, "a PEFT adapter of type IA3, expected LORA or VBLORA"),
         ({"use_dora": True}, "it uses use_dora, which cannot be trained here"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "it was begun by pissa_niter_4, which alters the base; save it",
+        ),
+        (
+            {"init_lora_weights": "OLoRA"},
+            "it was begun by olora, which alters the base; save it again as plain",
+        ),
         ({"bias": "all"}, "it uses bias=all, which cannot be trained here"),
         (
             {"rank_pattern": {"query": 4}, "alpha_pattern": {"x": 1}},
