@@ -24,14 +24,14 @@ from fl_client.batches import Examples
 from fl_client.cohort import CohortSizer
 from fl_client.graphs import Graphs
 from fl_client.memory import Memory
-from fl_client.settings import SiteSettings
+from fl_client.settings import AdapterSettings, SiteSettings
 from fl_client.site import Site
 from fl_client.tasks import CausalLM, Classification, Task
 from vblora.blocks import checkpoint_blocks
 from vblora.errors import ConfigError, DataError
 from vblora.files import write_atomic
 from vblora.imports import read_start
-from vblora.model import AdaptedModel, describe_base, find_head, find_linears
+from vblora.model import AdaptedModel, adaptable_linears, describe_base, find_head, find_linears
 from vblora.norms import fuse_norms
 from vblora.spec import Blueprint
 
@@ -126,15 +126,22 @@ def make_blueprint(settings: SiteSettings, labels: tuple[str, ...], base: nn.Mod
         ModelError, ConfigError, StartError: the adapter does not fit the base.
     """
     seed, found = settings.data.seed, None
-    linears = find_linears(base, settings.adapter.target_modules)
     if settings.start:
         found = read_start(Path(settings.start), seed)
-        spec = settings.adapter.require(found)
-        linears = tuple(linear for linear in linears if linear.name in found.layers)
+        spec = settings.adapter.require(found, _chosen(settings.adapter, base))
+        linears = tuple(linear for linear in adaptable_linears(base) if linear.name in found.layers)
     else:
+        linears = find_linears(base, settings.adapter.target_modules)
         spec = settings.adapter.spec(linears, seed)
     blueprint = Blueprint(spec, linears, find_head(base), describe_base(base), labels)
     return blueprint if found is None else found.started(blueprint)
+
+
+def _chosen(adapter: AdapterSettings, base: nn.Module) -> frozenset[str]:
+    """Names of the layers that were asked for by name; none where no one asked."""
+    if adapter.target_modules == AdapterSettings.target_modules:
+        return frozenset()
+    return frozenset(linear.name for linear in find_linears(base, adapter.target_modules))
 
 
 def save_texts(path: Path, texts: Texts) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from fl_client.quantize import is_quantized, loading_options
+from fl_client.quantize import is_quantized, loading_options, require_few_bits
 from vblora.errors import ConfigError, ModelError
+from vblora.model import find_head
 
 __all__ = ["Base", "find_device", "find_model", "load_base", "longest_text", "quiet"]
 
@@ -102,13 +105,15 @@ def load_base(
 ) -> Base:
     """Load a model with a classifier for `labels`, or for language modelling where there are none.
 
-    Weights that the checkpoint lacks are drawn from `seed`, so that every site has the same. "auto" keeps
-    16-bit weights on a GPU and turns them to float32 on a CPU, where 16-bit products are slow; "own" keeps
-    them everywhere. `quantize` is none, 4bit or 8bit, see `fl_client.quantize`.
+    A task head or a pooler that the checkpoint lacks, or has for another number of classes, is drawn from
+    `seed`, so that every site has the same; any other weight must be there. "auto" keeps 16-bit weights on a
+    GPU and turns them to float32 on a CPU, where 16-bit products are slow; "own" keeps them everywhere.
+    `quantize` is none, 4bit or 8bit, see `fl_client.quantize`.
 
     Raises:
-        ModelError: the model is missing, unreadable, or not of a fitting kind.
-        ConfigError: a dtype that is unknown, or a package that few bits need.
+        ModelError: the model is missing, unreadable, not of a fitting kind, or lacks weights.
+        ConfigError: a dtype that is unknown or cannot be had in few bits, a package that few bits need, or a
+            model with no layer to have in few bits.
     """
     source = find_model(model)
     kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
@@ -123,12 +128,15 @@ def load_base(
                     f"--model: {model} is an encoder-decoder ({config.model_type}), which no task here "
                     "trains; use a decoder (Llama, GPT-2, ...) or, for classification, an encoder"
                 )
-            loading = {"dtype": _dtype(dtype, device)}
+            loading: dict[str, Any] = {"dtype": _dtype(dtype, device)}
             if quantize != "none":
                 with torch.device("meta"):
                     skeleton = kind.from_config(config)  # type: ignore[no-untyped-call]
                 loading = loading_options(quantize, skeleton, device, _wide(loading["dtype"], config))
-            loaded = kind.from_pretrained(source, config=config, **loading)
+            # A head of another size is drawn like one that is not there; `_complete` guards the trunk.
+            loading |= {"output_loading_info": True, "ignore_mismatched_sizes": bool(labels)}
+            result: Any = kind.from_pretrained(source, config=config, **loading)
+            loaded, info = result
     except (ConfigError, ModelError):
         raise
     except Exception as error:  # the hub, the network and each architecture raise their own
@@ -141,6 +149,8 @@ def load_base(
             f"--model: {model} is an encoder, where a token sees those after it; language modelling needs a "
             "decoder (Llama, GPT-2, ...), classification needs a label column"
         )
+    _complete(model, loaded, info)
+    require_few_bits(quantize, loaded)
     if dtype == "auto" and device.type == "cpu" and not is_quantized(loaded):
         loaded = loaded.float()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -149,6 +159,46 @@ def load_base(
     loaded.config.pad_token_id = pad  # decoder classifiers find the last real token by it
     placed: nn.Module = loaded
     return Base(placed if is_quantized(placed) else placed.to(device), tokenizer, int(pad))
+
+
+def _complete(model: str, loaded: nn.Module, info: Mapping[str, Any]) -> None:
+    """See that every weight came from the checkpoint, but for the task head and a pooler.
+
+    Raises:
+        ModelError: others are missing, or of another shape: transformers has drawn them at random.
+    """
+    lost = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    if not lost:
+        return
+    head = {tensor.name for tensor in find_head(loaded)}
+    trunk = [name for name in _in_order(loaded, lost) if name not in head and ".pooler." not in f".{name}"]
+    if not trunk:
+        return
+    shapes = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"]}
+    if trunk[0] in shapes:
+        found, wanted = shapes[trunk[0]]
+        raise ModelError(
+            f"--model: {model} has {trunk[0]} in shape {found}, expected {wanted}; "
+            "do its config.json and its weights belong together?"
+        )
+    unknown = max(sorted(info["unexpected_keys"]), key=partial(_like, trunk[0]), default="")
+    has = f"; it has unknown names such as {unknown}" if unknown else ""
+    raise ModelError(
+        f"--model: {model} lacks {len(trunk)} weights of {type(loaded).__name__}, {trunk[0]} first{has}; "
+        "save the whole model again, as a transformers model"
+    )
+
+
+def _like(one: str, other: str) -> int:
+    """How long an ending two names share: what wraps a model leaves a prefix in its names."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _in_order(model: nn.Module, names: set[str]) -> list[str]:
+    """Names in the model's own order; what it does not know comes last."""
+    known = {name: place for place, name in enumerate(model.state_dict())}
+    return sorted(names, key=lambda name: (known.get(name, len(known)), name))
 
 
 def longest_text(model: nn.Module) -> int | None:

@@ -75,7 +75,7 @@ def _render(tokenizer: Any, chat: Chat, **options: bool) -> str:
 def _message(message: Mapping[str, Any]) -> tuple[str, str]:
     for role, content in KEYS:
         if role in message:
-            name, said = str(message[role]), message[content] or ""
+            name, said = str(message[role]), message.get(content) or ""
             if isinstance(said, list):  # of parts, where some may be pictures
                 said = "".join(part.get("text") or "" for part in said)
             return ROLES.get(name, name), str(said)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,12 +110,24 @@ def _answers(
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=most, do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad, eos_token_id=ends
     )
-    found: Tensor = base.generate(
-        input_ids=torch.from_numpy(tokens).to(model.device),
-        attention_mask=torch.from_numpy(mask).to(model.device),
-        generation_config=settings,
-    )
+    with _no_taste(base):
+        found: Tensor = base.generate(
+            input_ids=torch.from_numpy(tokens).to(model.device),
+            attention_mask=torch.from_numpy(mask).to(model.device),
+            generation_config=settings,
+        )
     return [_until(row, ends) for row in found[:, width:].tolist()]
+
+
+@contextmanager
+def _no_taste(base: Any) -> Iterator[None]:
+    """Hide the model's own generation settings: they fill in what ours leave open, penalties among it."""
+    own = base.generation_config
+    base.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _until(ids: list[int], ends: list[int]) -> list[int]:

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.quantization_config import QuantizationMethod
 
 from vblora.errors import ConfigError, ModelError
 from vblora.model import find_head
 from vblora.weights import keep_unpacked
 
-__all__ = ["dequantized", "is_quantized", "loading_options"]
+__all__ = ["dequantized", "is_quantized", "loading_options", "require_few_bits"]
+
+FEW_BITS = ("Linear4bit", "Linear8bitLt")  # classes of bitsandbytes
 
 
 def loading_options(
@@ -32,7 +36,7 @@ def loading_options(
         dtype: of everything that stays, and of products with 4-bit weights.
 
     Raises:
-        ConfigError: bitsandbytes is not installed.
+        ConfigError: bitsandbytes is not installed, or has no such products on this device.
     """
     if quantize == "none":
         return {}
@@ -41,6 +45,10 @@ def loading_options(
             raise ConfigError(
                 f"--quantize {quantize}: {package} is not installed; run pip install 'fed-vblora[quantize]'"
             )
+    if quantize == "8bit" and device.type == "cpu" and dtype is torch.float16:
+        raise ConfigError(
+            "--quantize 8bit: a CPU has no such products with float16; use --dtype bfloat16 or float32"
+        )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of casts, layer by layer
     kept = {tensor.name.rpartition(".")[0] for tensor in find_head(skeleton)}
     output = skeleton.get_output_embeddings()  # type: ignore[operator]
@@ -61,6 +69,24 @@ def is_quantized(model: nn.Module) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
+def require_few_bits(quantize: str, model: nn.Module) -> None:
+    """See that a model that was asked for in few bits is.
+
+    Raises:
+        ConfigError: none of its layers is: transformers replaces plain linear layers, no class of its own
+            that a model may have instead (Falcon).
+    """
+    if quantize != "none" and not _few_bits(model):
+        raise ConfigError(
+            f"--quantize {quantize}: {type(model).__name__} has no linear layer that bitsandbytes can "
+            "replace; use --quantize none"
+        )
+
+
+def _few_bits(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if type(module).__name__ in FEW_BITS}
+
+
 def dequantized(model: nn.Module) -> nn.Module:
     """The model with dense layers, of the values that its few bits stand for.
 
@@ -69,11 +95,26 @@ def dequantized(model: nn.Module) -> nn.Module:
     """
     if not is_quantized(model):
         return model
+    few = _few_bits(model)
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    if method == QuantizationMethod.BITS_AND_BYTES and not few:
+        return model  # transformers fails where it finds nothing to do
     keep_unpacked(model)
+    transposed = [name for name, layer in few.items() if getattr(layer, "source_cls", None) is Conv1D]
     try:
         dense: nn.Module = model.dequantize(dtype=next(model.parameters()).dtype)  # type: ignore[operator]
     except (NotImplementedError, ValueError) as error:
         raise ModelError(
             f"base: its weights are quantised and cannot be had dense ({error}); use --format peft or lora"
         ) from error
+    for name in transposed:
+        dense.set_submodule(name, _conv1d(dense.get_submodule(name)))
     return dense
+
+
+def _conv1d(layer: Any) -> nn.Module:
+    """GPT-2's own layer, which its files hold, of the linear layer that transformers makes of its bits."""
+    conv = Conv1D(layer.out_features, layer.in_features)  # type: ignore[no-untyped-call]
+    conv.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
+    conv.bias = layer.bias
+    return conv

@@ -8,8 +8,9 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ FORMATS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+FIRST_ROWS = 100  # looked at before pandas is asked, which tells of fields too many in all but the first
 SPEAKER = re.compile(r"([^\n:]{1,60}):[ \t]*(?:\n|$)")  # a first line such as "First Citizen:"
 
 
@@ -68,13 +70,17 @@ def read_file(path: Path) -> Frame:
                 keep_in_memory=True,  # outlives the scratch folder
                 **_options(path, suffix),
             )["train"]
+        except DataError:
+            raise
         except Exception as error:  # each builder and parser raises its own
             cause = root_cause(error)
             if "corresponds to no data" in cause:  # how `datasets` says that there are no rows
                 raise DataError(f"{path}: the file has no rows") from error
             raise DataError(f"{path}: cannot be read as {suffix[1:]}: {cause}") from error
     columns = columns_of(loaded)
-    return Frame(str(path), _paragraphs(columns["text"][0]) if suffix == ".txt" else columns)
+    return Frame(
+        str(path), _paragraphs(columns["text"][0].removeprefix("\ufeff")) if suffix == ".txt" else columns
+    )
 
 
 def _options(path: Path, suffix: str) -> dict[str, Any]:
@@ -85,28 +91,71 @@ def _options(path: Path, suffix: str) -> dict[str, Any]:
         return {}
     separator = "\t" if suffix == ".tsv" else ","
     quoting: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if suffix == ".tsv" and not _quoted(path) else {}
-    with _open(path) as lines:
-        header = next(csv.reader(lines, delimiter=separator, **quoting), [])
+    names = _header(path, separator, quoting)
     # Every column as text: a label "01" stays "01", and a sentence "null" or "NA" stays a sentence.
-    names = [name or f"Unnamed: {place}" for place, name in enumerate(header)]
     features = datasets.Features({name: datasets.Value("string") for name in names})
-    return {"sep": separator, "features": features, "keep_default_na": False, **quoting}
+    # No column is an index: pandas would take the first for one where rows have more fields than the header.
+    told = {"column_names": names, "header": 0, "index_col": False, "keep_default_na": False}
+    return {"sep": separator, "features": features, **told, **quoting}
+
+
+def _header(path: Path, separator: str, quoting: Mapping[str, Any]) -> list[str]:
+    """Names of the columns; the first rows must have no more fields.
+
+    Raises:
+        DataError: one has.
+    """
+    with _open(path) as lines:
+        rows = csv.reader(lines, delimiter=separator, **quoting)
+        header = next((row for row in rows if row), [])
+        with suppress(csv.Error):  # of a field that is too long for this reader alone
+            for row in islice(rows, FIRST_ROWS):
+                if len(row) <= len(header):
+                    continue
+                raise DataError(
+                    f"{path}: line {rows.line_num} has {len(row)} fields, expected {len(header)} as in the "
+                    f"header; a field with {separator!r} in it needs quotes, and no {separator!r} ends a row"
+                )
+    return [name.strip() or f"Unnamed: {place}" for place, name in enumerate(header)]
 
 
 def _quoted(path: Path) -> bool:
     """Whether quotes in a TSV enclose fields, as spreadsheets write them, or are bare text, as in GLUE.
 
-    They enclose if some field is wrapped whole in quotes and none has a quote that does not fit.
+    They enclose if some field is wrapped whole in quotes and none has a quote that does not fit. Fields with
+    line breaks do not fit in their lines: they count if the file is whole with them.
+
+    Raises:
+        DataError: a line is cut short by a quote that opens or closes in it, and the file is not.
     """
     wrapped = re.compile(r'"(?:[^"]|"")*"')
-    seen = False
+    seen, bare, width = False, False, 0
     with _open(path) as lines:
-        for line in lines:
-            for field in line.rstrip("\r\n").split("\t") if '"' in line else ():
-                if '"' in field and not wrapped.fullmatch(field):
-                    return False
-                seen = seen or '"' in field
-    return seen
+        for number, line in enumerate(lines, 1):
+            if width and '"' not in line:
+                continue
+            fields = line.rstrip("\r\n").split("\t")
+            width = width or len(fields)
+            unfit = [field for field in fields if '"' in field and not wrapped.fullmatch(field)]
+            seen, bare = seen or '"' in line, bare or bool(unfit)
+            cut = any(field.startswith('"') or field.endswith('"') for field in unfit)
+            if cut and len(fields) < width:
+                if _whole(path):
+                    return True
+                raise DataError(
+                    f"{path}: line {number} has {len(fields)} fields, expected {width} as in the header, and "
+                    "a quote without its pair: a line break in a field? close the quote, or save as .jsonl"
+                )
+    return seen and not bare
+
+
+def _whole(path: Path) -> bool:
+    """Whether all rows of a TSV are as long as its header where quotes enclose fields."""
+    with _open(path) as lines:
+        try:
+            return len({len(row) for row in csv.reader(lines, delimiter="\t", strict=True) if row}) == 1
+        except csv.Error:
+            return False
 
 
 @contextmanager

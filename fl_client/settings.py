@@ -155,13 +155,19 @@ class AdapterSettings:
         }
         return kind(**{entry.name: numbers[entry.name] for entry in fields(kind) if entry.name in numbers})
 
-    def require(self, found: Found) -> AdapterSpec:
+    def require(self, found: Found, chosen: frozenset[str] = frozenset()) -> AdapterSpec:
         """The adapter of a file, which decides: what is asked for beside must say the same.
+
+        Args:
+            found: the adapter.
+            chosen: names of the layers that `target_modules` selects.
 
         Raises:
             ConfigError: names every option that asks for something else.
         """
         has = {"adapter": found.spec.kind, **vars(found.spec)}
+        if chosen == found.layers:
+            has["target_modules"] = self.target_modules
         faults = [
             f"{entry.name.replace('_', '-')} is {asked}, the adapter of --start has "
             f"{has.get(entry.name, 'layers of its own')}; leave it out"

@@ -19,6 +19,10 @@ from vblora.errors import ConfigError, DataError
 __all__ = ["read_source"]
 
 EVAL_NAMES = {"dev": "dev", "validation": "dev", "valid": "dev", "val": "dev", "test": "test"}
+# Followed by no letter, but for "set" and "data": "trainset", "test_labeled", no "tester" or "device".
+SPLIT_NAME = re.compile(
+    r"(?:(train(?:ing)?)|(dev(?:elopment)?|valid(?:ation)?|val)|(test(?:ing)?))(?:set|data)?(?![^\W\d_])"
+)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -87,7 +91,7 @@ def _choose(data: str, splits: Sequence[str], wanted: tuple[str, ...]) -> tuple[
 
 def _split_of(name: str) -> str:
     """How the name of a file or of a hub split begins: train, dev (or validation), test; else the name."""
-    match = re.match(r"(train)|(dev|valid|val(?![a-z]))|(test)", name.lower())
+    match = SPLIT_NAME.match(name.lower())
     return name if match is None else ("train", "dev", "test")[(match.lastindex or 1) - 1]
 
 

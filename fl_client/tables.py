@@ -13,7 +13,7 @@ import numpy as np
 from fl_client import docstrings
 from fl_client.chats import Chat, answers, opening, read_chat
 from fl_client.columns import Roles, Task, find_roles
-from fl_client.raw import Frame
+from fl_client.raw import Frame, suffix_of
 from fl_client.sources import read_source
 from vblora.errors import ConfigError, DataError
 
@@ -266,9 +266,10 @@ def _carve(table: Table, seed: int, where: str, *, by_group: bool = False) -> tu
         label = np.asarray(table.label)
         held &= np.isin(label, label[~held])
     if not held.any() or held.all():
+        cut = " (a .txt file is cut into rows at blank lines)" if suffix_of(Path(where)) == ".txt" else ""
         raise DataError(
             f"{where}: {len(table)} rows are too few to hold some out (equal texts stay on one side); "
-            "add rows or a test file"
+            f"add rows{cut} or a test file"
         )
     return table.take(np.flatnonzero(~held)), table.take(np.flatnonzero(held))
 

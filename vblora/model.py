@@ -19,7 +19,7 @@ from vblora.spec import Blueprint, HeadTensor, Linear
 from vblora.state import State
 from vblora.weights import dense_weight, keep_unpacked
 
-__all__ = ["AdaptedModel", "describe_base", "find_head", "find_linears", "fits_base"]
+__all__ = ["AdaptedModel", "adaptable_linears", "describe_base", "find_head", "find_linears", "fits_base"]
 
 ALL_LINEAR = "all-linear"
 
@@ -47,30 +47,38 @@ def find_linears(base: nn.Module, targets: str = ALL_LINEAR) -> tuple[Linear, ..
     Raises:
         ModelError: a name fits no linear layer, or all are asked for where some belong to experts.
     """
+    found = adaptable_linears(base)
+    known = ", ".join(sorted({linear.name.rsplit(".", 1)[-1] for linear in found}))
+    if targets == ALL_LINEAR and (experts := _experts(base)):
+        name, kind = next(iter(experts.items()))
+        what = (
+            "the weights of several experts, each of which sees tokens of its own"
+            if _named_experts(name)
+            else "weights on three axes (several experts?)"
+        )
+        raise ModelError(
+            f"--target-modules all-linear: {name} ({kind}) holds {what}; these cannot be adapted: "
+            f"name others, of {known}"
+        )
+    if targets == ALL_LINEAR:
+        return found
+    wanted = [target.strip() for target in targets.split(",") if target.strip()]
+    for target in wanted:
+        if not any(_fits(linear.name, target) for linear in found):
+            raise ModelError(f"--target-modules: {target!r} fits no linear layer; the base has {known}")
+    return tuple(linear for linear in found if any(_fits(linear.name, target) for target in wanted))
+
+
+def adaptable_linears(base: nn.Module) -> tuple[Linear, ...]:
+    """Every layer that can be adapted, in the model's own order: no head, output embedding or expert."""
     experts = _experts(base)
     excluded = {id(module) for module in _head_modules(base).values()}
     if callable(getattr(base, "get_output_embeddings", None)):
         excluded.add(id(base.get_output_embeddings()))  # type: ignore[operator]
-    found = [
-        (name, sides)
+    return tuple(
+        Linear(name, *sides)
         for name, module in base.named_modules()
         if (sides := _sides(module)) and id(module) not in excluded and not _inside(name, experts)
-    ]
-    known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in found}))
-    if targets == ALL_LINEAR and experts:
-        name, kind = next(iter(experts.items()))
-        raise ModelError(
-            f"--target-modules all-linear: {name} ({kind}) holds the weights of several experts, each of "
-            f"which sees tokens of its own; these cannot be adapted: name others, of {known}"
-        )
-    if targets == ALL_LINEAR:
-        return tuple(Linear(name, *sides) for name, sides in found)
-    wanted = [target.strip() for target in targets.split(",") if target.strip()]
-    for target in wanted:
-        if not any(_fits(name, target) for name, _ in found):
-            raise ModelError(f"--target-modules: {target!r} fits no linear layer; the base has {known}")
-    return tuple(
-        Linear(name, *sides) for name, sides in found if any(_fits(name, target) for target in wanted)
     )
 
 
@@ -285,11 +293,17 @@ def _experts(base: nn.Module) -> dict[str, str]:
     """Modules that hold the weights of experts, fused on a third axis or one by one, and their class."""
     found = {}
     for name, module in base.named_modules():
-        axes = [parameter.dim() for parameter in module.parameters(recurse=False) if len(parameter) > 1]
-        fused = 3 in axes and not isinstance(module, nn.modules.conv._ConvNd)
-        if fused or name.rpartition(".")[2] == "experts":
+        several = any(
+            parameter.dim() == 3 and len(parameter) > 1 for parameter in module.parameters(recurse=False)
+        )
+        fused = several and not isinstance(module, nn.modules.conv._ConvNd)
+        if fused or _named_experts(name):
             found[name] = type(module).__name__
     return found
+
+
+def _named_experts(name: str) -> bool:
+    return name.rpartition(".")[2] == "experts"
 
 
 def _inside(name: str, outer: Iterable[str]) -> bool:

@@ -34,6 +34,8 @@ FOREIGN = (
     *("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "target_parameters"),
     *("trainable_token_indices", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config"),
 )
+# Ways to begin that take what B A starts from out of the base: the files mean nothing without that base.
+ALTERS_BASE = ("pissa", "corda", "loftq", "olora", "lora_ga")
 LEAST_WEIGHT = 2.0**-24  # of a vector whose weight 16-bit floats have rounded to nothing
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -96,6 +98,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     set_there += [f"bias={config['bias']}"] if config.get("bias", "none") != "none" else []
     if set_there:
         raise StartError(f"start {folder}: it uses {', '.join(set_there)}, which cannot be trained here")
+    begun = str(config.get("init_lora_weights")).lower()
+    if begun.startswith(ALTERS_BASE):
+        raise StartError(
+            f"start {folder}: it was begun by {begun}, which alters the base; save it again as plain LoRA, "
+            "with path_initial_model_for_weight_conversion"
+        )
     return dict(config)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -211,3 +212,56 @@ def test_weights_keep_the_dtype_of_their_files_where_it_is_asked_for(llama, tmp_
     for dtype, expected in (("own", torch.bfloat16), ("auto", torch.float32), ("float16", torch.float16)):
         found = load_base(str(tmp_path), (), CPU, dtype=dtype).model
         assert {parameter.dtype for parameter in found.parameters()} == {expected}
+
+
+def change_weights(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("labels", [(), LABELS], ids=["language", "classes"])
+def test_weights_that_are_missing_are_named(llama, tmp_path, labels):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    change_weights(
+        folder, lambda weights: {name.replace("layers", "blocks"): weights[name] for name in weights}
+    )
+    name = "Classification" if labels else "LM"
+    with pytest.raises(
+        ModelError,
+        match=rf"lacks 9 weights of Llama\w+{name}, model\.layers\.0\.self_attn\.q_proj\.weight first; it "
+        r"has unknown names such as model\.blocks\.0\.self_attn\.q_proj\.weight; save the whole model again",
+    ):
+        load_base(str(folder), labels, CPU)
+
+
+def test_a_trunk_of_another_size_is_no_trunk(llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    _config(hidden_size=64)(folder)
+    with pytest.raises(
+        ModelError, match=r"has model\.embed_tokens\.weight in shape \(96, 32\), expected \(96, 64"
+    ):
+        load_base(str(folder), LABELS, CPU)
+
+
+def test_an_output_that_is_not_tied_must_be_there(llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    change_weights(folder, lambda weights: {name: weights[name] for name in weights if "lm_head" not in name})
+    with pytest.raises(ModelError, match=r"lacks 1 weights of LlamaForCausalLM, lm_head\.weight first; save"):
+        load_base(str(folder), (), CPU)
+    _config(tie_word_embeddings=True)(folder)
+    load_base(str(folder), (), CPU)
+
+
+def test_a_head_of_other_classes_and_a_pooler_are_drawn(tmp_path):
+    folder = save_model(tmp_path, "bert", pad_token="<pad>")
+    change_weights(folder, lambda weights: {name: weights[name] for name in weights if "pooler" not in name})
+    one, two = (load_base(str(folder), (*LABELS, "more"), CPU, seed=1).model.state_dict() for _ in range(2))
+    assert one["classifier.weight"].shape == (4, 32)
+    for name in ("classifier.weight", "bert.pooler.dense.weight"):
+        assert torch.equal(one[name], two[name])
+
+
+def test_minilm_is_whole(minilm):
+    load_base("minilm", LABELS, CPU)

@@ -84,6 +84,13 @@ def test_every_answer_has_what_stands_before():
     assert opening(chat) == "a"
 
 
+@pytest.mark.parametrize("called", [{}, {"content": None}], ids=["no content", "null"])
+def test_a_call_of_a_tool_is_no_answer(called: dict[str, None]):
+    call = {"role": "assistant", "tool_calls": [{"id": 1}], **called}
+    chat = read_chat([*say("a"), call, {"role": "tool", "content": "3"}, *say("", "b")[1:]], "data")
+    assert list(answers(chat)) == [(chat[:3], "b")]
+
+
 # --- Templates -----------------------------------------------------------------------
 
 

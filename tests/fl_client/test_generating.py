@@ -92,6 +92,17 @@ def test_the_models_own_end_ends_an_answer_too():
     assert generate(model, state, Numbers(), [prompt], 5, 0) == [""]
 
 
+def test_the_models_own_taste_is_left_out():
+    base = make_base("llama")
+    base.generation_config.eos_token_id = None
+    model = adapt(base)
+    state, prompt = make_state(model.blueprint), np.array([8, 9, 10], np.int32)
+    own = model.base.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size, own.min_new_tokens = 50.0, 1, 3
+    assert generate(model, state, Numbers(), [prompt], 12, 0) == [slowly(model, state, prompt, 12)]
+    assert model.base.generation_config is own
+
+
 def test_prompts_are_drawn_once_each_with_all_their_references():
     asked = asked_prompts(ROWS, 10, 0)
     assert [item.rows for item in asked] == [(0, 2), (1,), (4,)]

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BitsAndBytesConfig,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.pytorch_utils import Conv1D
 
 from fl_client.base import load_base
 from fl_client.quantize import dequantized, is_quantized
@@ -142,6 +150,39 @@ def test_merging_goes_through_the_dense_weights(models, bits, tmp_path):
     found = loaded(**inputs).logits
     torch.testing.assert_close(found[real], expected[real], rtol=0, atol=CLOSE[bits] * scale)
     assert (before(**inputs).logits - found)[real].abs().max() > 0.1 * scale
+
+
+@BITS
+def test_gpt2_comes_back_in_its_own_layers(models, bits, tmp_path):
+    dense = dequantized(load(models, "gpt2", bits))
+    dense.save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert type(dense.get_submodule("transformer.h.0.attn.c_proj")) is Conv1D
+    inputs = make_inputs(4)
+    torch.testing.assert_close(loaded(**inputs).logits, dense(**inputs).logits)
+
+
+@BITS
+def test_a_model_with_linear_layers_of_its_own_is_refused(models, bits, tmp_path):
+    falcon = FalconForCausalLM(
+        FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    falcon.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(models["llama"]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"^--quantize {bits}: FalconForCausalLM has no linear layer that"):
+        load_base(str(tmp_path), (), CPU, quantize=bits)
+    settings = BitsAndBytesConfig(load_in_4bit=bits == "4bit", load_in_8bit=bits == "8bit")
+    few = FalconForCausalLM.from_pretrained(tmp_path, quantization_config=settings, device_map={"": "cpu"})
+    assert dequantized(few) is few
+
+
+def test_8_bits_beside_float16_are_for_gpus(models, tmp_path):
+    with pytest.raises(ConfigError, match=r"^--quantize 8bit: .* use --dtype bfloat16 or float32"):
+        load_base(str(models["llama"]), (), CPU, quantize="8bit", dtype="float16")
+    make_base("llama").half().save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(models["llama"]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"^--quantize 8bit: .* use --dtype bfloat16 or float32"):
+        load_base(str(tmp_path), (), CPU, quantize="8bit", dtype="own")
 
 
 def test_a_package_that_is_missing_is_named(models, monkeypatch):

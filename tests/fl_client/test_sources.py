@@ -56,6 +56,30 @@ def test_bare_quotes_in_a_tsv_are_text(tmp_path: Path) -> None:
     assert read_file(path).columns["sentence"][:] == ['"a film " of sorts', 'unclosed "', '"']
 
 
+@pytest.mark.parametrize("row", ['"one\n\ntwo"\t1', '1\t"one\n\ntwo"'])
+def test_line_breaks_in_fields_of_a_tsv_are_text(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "sheet.tsv"
+    path.write_text(f'a\tb\n{row}\n3\t"4"\n')
+    frame = read_file(path)
+    assert sorted(frame.columns[name][0] for name in "ab") == ["1", "one\n\ntwo"]
+    assert [frame.columns[name][1] for name in "ab"] == ["3", "4"]
+
+
+def test_blanks_around_the_names_of_columns_are_no_part_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text , label\n a,1\n")
+    assert {name: column[:] for name, column in read_file(path).columns.items()} == {
+        "text": [" a"],
+        "label": ["1"],
+    }
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "plain.txt"
+    path.write_bytes("\ufeffANNA:\nHello.".encode())
+    assert read_file(path).columns["text"][:] == ["ANNA:\nHello."]
+
+
 def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
     path = tmp_path / "excel.csv"
     path.write_bytes(b"\xef\xbb\xbftext,label\r\none,1\r\ntwo,2\r\n")
@@ -97,6 +121,9 @@ def _write_splits(folder: Path, *names: str) -> Path:
         (("train-1.csv", "train-2.csv", "test.csv"), "", ["train-1.csv", "train-2.csv"], ["test.csv"]),
         (("devset.csv", "testset_w_refs.csv"), "", ["devset.csv"], ["testset_w_refs.csv"]),
         (("notes.csv",), "", ["notes.csv"], []),
+        (("train_full.csv", "valset2.csv"), "", ["train_full.csv"], ["valset2.csv"]),
+        (("training.csv", "testset.csv", "tested.csv"), "", ["training.csv"], ["testset.csv"]),
+        (("trainset.csv", "device reviews.csv", "trains.csv"), "", ["trainset.csv"], []),
     ],
 )
 def test_folders_are_split_by_name(
@@ -120,6 +147,21 @@ def _broken(folder: Path) -> str:
 def _ragged(folder: Path) -> str:
     (folder / "ragged.csv").write_text("text,label\na,1\nb,2,3,4\n")
     return "ragged.csv"
+
+
+def _surplus(folder: Path) -> str:
+    (folder / "surplus.csv").write_text("text,label\na,1,\nb,2,\n")
+    return "surplus.csv"
+
+
+def _late(folder: Path) -> str:
+    (folder / "late.csv").write_text("text,label\n" + "a,1\n" * 150 + "b,2,3\n")
+    return "late.csv"
+
+
+def _cut_short(folder: Path) -> str:
+    (folder / "cut.tsv").write_text('text\tlabel\n"one\ntwo\t1\nthree\t0\n')
+    return "cut.tsv"
 
 
 def _latin(folder: Path) -> str:
@@ -153,7 +195,13 @@ def _no_train(folder: Path) -> str:
         (lambda folder: "gone.csv", "no such file or folder"),
         (_empty, "the file is empty"),
         (_broken, "cannot be read as parquet: "),
-        (_ragged, "cannot be read as csv: .*Expected 2 fields in line 3, saw 4"),
+        (_ragged, "line 3 has 4 fields, expected 2 as in the header; a field with ',' in it needs quotes"),
+        (_surplus, "line 2 has 3 fields, expected 2 as in the header; .* no ',' ends a row"),
+        (_late, "cannot be read as csv: .*Expected 2 fields in line 152, saw 3"),
+        (
+            _cut_short,
+            "line 2 has 1 fields, expected 2 as in the header, and a quote without its pair: a line",
+        ),
         (_latin, "cannot be read as tsv: .*utf-8"),
         (_not_gzip, "cannot be read as jsonl: "),
         (_picture, "cannot tell the format by its name; expected .csv .tsv"),

@@ -173,6 +173,11 @@ def test_bad_data_is_said_in_one_line(tmp_path: Path) -> None:
         load_corpus(_write(tmp_path / "none.jsonl", [{"text": "", "label": "x"}]), "classification")
     with pytest.raises(DataError, match="1 rows are too few to hold some out"):
         load_corpus(_write(tmp_path / "few.jsonl", [{"text": "a"}]), "causal-lm")
+    (tmp_path / "lines.txt").write_text("one\ntwo\nthree\n")
+    with pytest.raises(
+        DataError, match=r"add rows \(a \.txt file is cut into rows at blank lines\) or a test"
+    ):
+        load_corpus(str(tmp_path / "lines.txt"), "causal-lm")
     nested: list[dict[str, object]] = [{"text": ["a", "b"], "label": "x"}]
     with pytest.raises(DataError, match="column 'text' holds list values, expected text"):
         load_corpus(_write(tmp_path / "nested.jsonl", nested), "classification")

@@ -180,6 +180,17 @@ def test_experts_are_refused_by_name_and_attention_can_be_adapted(family):
         torch.testing.assert_close(part, together[own], rtol=1e-4, atol=1e-4)
 
 
+def test_weights_on_three_axes_that_are_no_experts_are_told_so():
+    """XLNet's attention; a parameter may be a scalar, too."""
+    base = hf.XLNetLMHeadModel(hf.XLNetConfig(vocab_size=96, d_model=32, n_layer=1, n_head=2, d_inner=48))
+    base.scale = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(
+        ModelError, match=r"rel_attn \(\w+\) holds weights on three axes \(several experts\?\); these"
+    ):
+        find_linears(base)
+    assert len(find_linears(base, "layer_1,layer_2")) == 2
+
+
 def test_layers_used_again_and_again_share_an_adapter():
     """ALBERT runs one block for all layers."""
     base = hf.AlbertForSequenceClassification(

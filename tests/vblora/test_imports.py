@@ -15,11 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from fl_client import assembly
 from fl_client.optim import AdamW
+from fl_client.settings import AdapterSettings, SiteSettings
 from tests.vblora.tiny import KINDS, adapt, make_base, make_blueprint, make_inputs, make_state, outputs
 from vblora.candidates import CHECK_EVERY
-from vblora.errors import StartError
+from vblora.errors import ConfigError, StartError
 from vblora.files import save_state
 from vblora.imports import read_start
 from vblora.model import AdaptedModel, describe_base, find_head, find_linears
@@ -226,6 +229,37 @@ def test_an_export_is_a_start(tmp_path):
     np.testing.assert_allclose(initial_state(short).topk.gaps, state.topk.gaps, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_of_a_mixture_of_experts_goes_on(tmp_path):
+    """No layer need be named again; those that are must be the file's."""
+    base = MixtralForCausalLM(
+        MixtralConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            vocab_size=96,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=2,
+        )
+    )
+    model = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    )
+    model.save_pretrained(tmp_path)
+
+    def found(targets: str) -> Blueprint:
+        adapter = AdapterSettings(target_modules=targets)
+        return assembly.make_blueprint(SiteSettings(start=str(tmp_path), adapter=adapter), (), base)
+
+    names = [f"model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")]
+    for targets in ("all-linear", "v_proj,q_proj"):
+        assert [linear.name for linear in found(targets).linears] == names
+    with pytest.raises(
+        ConfigError, match="target-modules is q_proj, the adapter of --start has layers of its"
+    ):
+        found("q_proj")
+
+
 # --- What is refused -----------------------------------------------------------------
 
 
@@ -239,6 +273,14 @@ def edit(folder: Path, **changes: Any) -> None:
     [
         ({"peft_type": "IA3"}, "a PEFT adapter of type IA3, expected LORA or VBLORA"),
         ({"use_dora": True}, "it uses use_dora, which cannot be trained here"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "it was begun by pissa_niter_4, which alters the base; save it",
+        ),
+        (
+            {"init_lora_weights": "OLoRA"},
+            "it was begun by olora, which alters the base; save it again as plain",
+        ),
         ({"bias": "all"}, "it uses bias=all, which cannot be trained here"),
         (
             {"rank_pattern": {"query": 4}, "alpha_pattern": {"x": 1}},
