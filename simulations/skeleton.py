@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fl_client.base import find_model
+from fl_client.base import find_model, is_encoder
 from vblora.errors import ModelError
 
 __all__ = ["Skeleton", "known_models", "skeleton"]
@@ -64,7 +64,7 @@ def skeleton(model: str, classes: int | None = None) -> Skeleton:
         config: Any = AutoConfig.from_pretrained(source)
     except Exception as error:  # the hub, the network and each config class raise their own
         raise ModelError(_unreadable(model, source, error)) from error
-    encoder = getattr(config, "is_decoder", None) is False  # as `fl_client.base` tells them apart
+    encoder = is_encoder(config)
     count = classes if classes is not None else TWO_CLASSES if encoder else 0
     if encoder and not count:
         raise ModelError(f"--model: {model} is an encoder, which models no language; give --classes")

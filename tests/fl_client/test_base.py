@@ -13,9 +13,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    GPTNeoXConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-from fl_client.base import find_device, find_model, load_base
+from fl_client.base import find_device, find_model, is_encoder, load_base
 from tests.vblora.tiny import LABELS, VOCABULARY, make_base
 from vblora.errors import ConfigError, ModelError
 
@@ -143,6 +149,13 @@ def test_an_encoder_is_no_language_model(tmp_path):
     folder = save_model(tmp_path, "bert", pad_token="<pad>")
     with pytest.raises(ModelError, match=r"is an encoder, .*; language modelling needs a decoder"):
         load_base(str(folder), (), CPU)
+
+
+def test_a_decoder_is_none_whatever_its_config_says():
+    """GPT-NeoX (Pythia) has `is_decoder`, and it is false."""
+    assert not is_encoder(GPTNeoXConfig())
+    assert is_encoder(BertConfig())
+    assert not is_encoder(BertConfig(is_decoder=True))
 
 
 def _cut(path: Path) -> None:
