@@ -6,10 +6,11 @@ socket that only its own user can open. A caller that dies takes its question wi
 
 from __future__ import annotations
 
-import fcntl
+import ctypes
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from fl_client.resident import Budget, Resident
 from fl_client.thin import OPTIONS, PROTOCOL, checked_socket, from_wire, to_wire, trainer_listens
 from fl_client.trainer_pb2_grpc import TrainerServicer, add_TrainerServicer_to_server
 from vblora.errors import FedVBError, RunError
+from vblora.files import alone
 
 __all__ = ["run_trainer"]
 
@@ -35,6 +37,7 @@ WATCHERS = 4  # at most: they must leave threads for questions
 PATIENCE = 0.2  # seconds between looks at whether a waiting caller still lives, and between told steps
 TELL_EVERY = 5.0  # seconds between lines about the steps
 GIB = 1 << 30
+PR_SET_DUMPABLE = 4  # of prctl
 
 log = logging.getLogger("fedvb.trainer")
 
@@ -58,6 +61,7 @@ def run_trainer(
     Raises:
         FedVBError: the site's model or data cannot be used, or another trainer has this folder or socket.
     """
+    _shut_out_others()
     path = checked_socket(socket or state / "trainer.sock")
     if path.exists() and not path.is_socket():
         raise RunError(f"--socket {path}: there is something else of this name; choose another")
@@ -69,7 +73,7 @@ def run_trainer(
                 f"{option}: {folder} cannot be made ({error.strerror}); name a folder that you can write to"
             ) from error
     stopped = threading.Event()
-    with _alone(state):
+    with alone(state / "lock", f"--state {state}", "trainer", "end that one, or name another folder"):
         if trainer_listens(path):
             raise RunError(
                 f"socket {path}: another trainer answers there; give this one a --socket of its own"
@@ -87,6 +91,13 @@ def run_trainer(
             server.stop(grace=None).wait()
             path.unlink(missing_ok=True)
     log.info("stopped")
+
+
+def _shut_out_others() -> None:
+    """Close /proc/PID to processes of the same user: a SuperNode's unit hides the texts from it, but
+    /proc/PID/root of a trainer would lead to them, and /proc/PID/mem to what it has read."""
+    if sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
+        log.warning("prctl: other processes of this user can read this one's memory and files")
 
 
 class _Stopped(Exception):
@@ -247,28 +258,6 @@ def _listen(path: Path, service: _Service) -> grpc.Server:
         os.umask(umask)
     server.start()
     return server
-
-
-@contextmanager
-def _alone(state: Path) -> Iterator[None]:
-    """Hold the folder's lock; a killed trainer lets go of it by dying."""
-    try:
-        opened = (state / "lock").open("a+")
-    except OSError as error:
-        raise RunError(f"--state {state}: cannot be written to ({error.strerror})") from error
-    with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise RunError(
-                f"--state {state}: in use by another trainer (process {file.read().strip() or 'unknown'}); "
-                "end that one, or name another folder"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 @contextmanager

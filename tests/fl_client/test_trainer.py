@@ -20,6 +20,7 @@ from fl_client.site import OnStep
 from fl_client.thin import ask_trainer, trainer_listens, trainer_status, watch_trainer
 from tests.conftest import ROOT
 from vblora.errors import ConfigError, RunError, WireError
+from vblora.files import alone
 
 RUN: dict[str, Scalar] = {"rank": 2, "lr-bank": 0.5, "resume": False, "out": "somewhere"}
 
@@ -222,13 +223,21 @@ def test_a_long_path_is_named(tmp_path: Path):
 
 def test_one_trainer_a_folder(tmp_path: Path):
     with (
-        trainer._alone(tmp_path),
-        pytest.raises(RunError, match=r"another trainer \(process \d+\)"),
-        trainer._alone(tmp_path),
+        alone(tmp_path / "lock", "--state s", "trainer", "end it"),
+        pytest.raises(RunError, match=rf"--state {tmp_path}: in use by another trainer \(process \d+\)"),
     ):
-        pass
-    with trainer._alone(tmp_path):
-        pass
+        trainer.run_trainer({"model": "m", "data": "d"}, tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_other_processes_of_its_user_cannot_look_into_it(tmp_path: Path):
+    """A node beside it would find the texts at /proc/PID/root."""
+    code = (
+        "import ctypes, sys; from pathlib import Path; from fl_client.trainer import run_trainer\n"
+        "try: run_trainer({}, Path('s'), Path('x' * 200))\n"
+        "except Exception: sys.exit(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_the_client_app_loads_no_torch():
