@@ -91,6 +91,7 @@ def server(
     from fl_server.gate import GateSettings
     from fl_server.keys import write_connection
     from simulations.superlink import run_superlink
+    from vblora.files import alone
 
     settings = GateSettings(tuple(operators or ()), requests, megabytes)
     arguments = ["--host", host, "--port", str(port), "--database", str(state / "superlink.db")]
@@ -99,11 +100,18 @@ def server(
         warn_insecure()
     require_free(host, port)
     make_home(state)
-    if "FLWR_HOME" not in os.environ:  # else it is somebody's, who may have connections of his own there
-        authority = None if insecure or keys is None else keys / "ca.crt"
-        write_connection(state / "flwr", ANYWHERE.get(host, host), port, authority)
-    os.environ.update(environment(state))
-    run_superlink([*arguments, "--disable-runtime-dependency-installation"], settings)
+    with alone(state / "lock", f"--state {state}", "server", "end that one, or name another folder"):
+        if _is_ours(state / "flwr"):
+            authority = None if insecure or keys is None else keys / "ca.crt"
+            write_connection(state / "flwr", ANYWHERE.get(host, host), port, authority)
+        os.environ.update({"FLWR_HOME": str((state / "flwr").absolute()), **environment(state)})
+        run_superlink([*arguments, "--disable-runtime-dependency-installation"], settings)
+
+
+def _is_ours(home: Path) -> bool:
+    """Whether Flower's home is the server's own, not somebody's who may have connections of his own there."""
+    named = os.environ.get("FLWR_HOME")
+    return named is None or Path(named).expanduser().resolve() == home.resolve()
 
 
 def _secured(folder: Path | None) -> Iterator[str]:

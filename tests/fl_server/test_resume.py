@@ -190,6 +190,32 @@ def test_rounds_may_be_raised_and_nothing_to_do_is_fine(tmp_path: Path):
         run(tmp_path / "a", rounds=3, resume=True, **options)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_servers_never_write_into_one_directory(tmp_path: Path, resume: bool):
+    """While the first waits for its clients, or trains."""
+    out, refused = tmp_path / "run", []
+
+    def second(request: Request, reply: Reply) -> list[Reply]:
+        if request.client == "0" and (request.kind == "hello" or resume):
+            with pytest.raises(RunError, match=rf"in use by another run \(process {os.getpid()}\); end") as told:
+                run(out, resume=resume)
+            refused.append(told)
+        return [reply]
+
+    if resume:
+        interrupted(out, 1)
+    run(out, FakeExchange([FakeClient(str(number)) for number in range(5)], second), resume=resume)
+    assert refused
+    run(tmp_path / "alone")
+    assert content(out) == content(tmp_path / "alone")
+    assert not (out / "lock").exists()
+
+
+def test_a_killed_server_holds_no_lock(tmp_path: Path):
+    (tmp_path / "lock").write_text("1")
+    run(tmp_path)
+
+
 def test_directories_that_are_taken_missing_or_damaged(tmp_path: Path):
     with pytest.raises(RunError, match="no run to resume"):
         run(tmp_path / "a", resume=True)
