@@ -64,7 +64,7 @@ def server(
     keys: Annotated[Path | None, typer.Option(help="Folder that fedvb keys made.")] = None,
     state: Annotated[Path, typer.Option(help="Folder of Flower's database and home.")] = Path("superlink"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="INTEGER", help="Port to listen on.")] = 8000,
     operators: Annotated[
         list[str] | None,
         typer.Option(
@@ -101,10 +101,13 @@ def server(
     require_free(host, port)
     make_home(state)
     with alone(state / "lock", f"--state {state}", "server", "end that one, or name another folder"):
+        variables = environment(state)
         if _is_ours(state / "flwr"):
             authority = None if insecure or keys is None else keys / "ca.crt"
             write_connection(state / "flwr", ANYWHERE.get(host, host), port, authority)
-        os.environ.update({"FLWR_HOME": str((state / "flwr").absolute()), **environment(state)})
+        else:
+            del variables["FLWR_HOME"]
+        os.environ.update(variables)
         run_superlink([*arguments, "--disable-runtime-dependency-installation"], settings)
 
 
@@ -154,7 +157,10 @@ def status(
 def watch(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     tensorboard: Annotated[Path | None, typer.Option(help="Write TensorBoard's scalars here.")] = None,
-    prometheus: Annotated[int | None, typer.Option(help="Serve Prometheus' metrics on this port.")] = None,
+    prometheus: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, metavar="INTEGER", help="Serve Prometheus' metrics on this port."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to serve them on.")] = "127.0.0.1",
     once: Annotated[bool, typer.Option("--once", help="Tell what is there, and end.")] = False,
 ) -> None:
