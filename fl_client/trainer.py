@@ -22,7 +22,7 @@ import grpc
 import torch
 
 from fl_client import trainer_pb2 as pb
-from fl_client.discreet import reason_for_server
+from fl_client.discreet import name_for_server, reason_for_server
 from fl_client.questions import Answer, Question, Scalar, with_less_time
 from fl_client.resident import Budget, Resident
 from fl_client.thin import OPTIONS, PROTOCOL, checked_socket, from_wire, to_wire, trainer_listens
@@ -109,7 +109,7 @@ class _Service(TrainerServicer):
 
     def __init__(self, resident: Resident, model: str, data: str, stopped: threading.Event) -> None:
         self._resident = resident
-        self._names = model, data
+        self._names = name_for_server(model), name_for_server(data)
         self._stopped = stopped
         self._turn = threading.Lock()
         self._watchers = threading.BoundedSemaphore(WATCHERS)
@@ -195,22 +195,25 @@ class _Service(TrainerServicer):
             log.warning("%s", self._last)
             raise
         except FedVBError as error:
-            self._last = f"{what}: refused: {error}"
-            log.warning("%s", self._last)
-            return Answer(0, error=reason_for_server(error))
+            log.warning("%s: refused: %s", what, error)
+            return self._refusal(what, error)
         except torch.cuda.OutOfMemoryError as error:
             torch.cuda.empty_cache()
-            self._last = f"{what}: out of GPU memory: {error}"
-            log.error("%s", self._last)
-            return Answer(0, error=reason_for_server(error))
+            log.error("%s: out of GPU memory: %s", what, error)
+            return self._refusal(what, error)
         except Exception as error:  # the next question may well be answered
-            self._last = f"{what}: failed: {type(error).__name__}: {error}"
             log.exception("%s: failed", what)
-            return Answer(0, error=reason_for_server(error))
+            return self._refusal(what, error)
         self._answered += 1
         self._last = self._account(what, found, time.monotonic() - started)
         log.info("%s", self._last)
         return found
+
+    def _refusal(self, what: str, error: Exception) -> Answer:
+        """Whoever has the socket may hear the status as well: the error itself is for the log."""
+        reason = reason_for_server(error)
+        self._last = f"{what}: refused: {reason}"
+        return Answer(0, error=reason)
 
     def _account(self, what: str, found: Answer, seconds: float) -> str:
         parts = [f"{what}: {seconds:.1f} s"]

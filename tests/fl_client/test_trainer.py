@@ -19,7 +19,7 @@ from fl_client.resident import Resident
 from fl_client.site import OnStep
 from fl_client.thin import ask_trainer, trainer_listens, trainer_status, watch_trainer
 from tests.conftest import ROOT
-from vblora.errors import ConfigError, RunError, WireError
+from vblora.errors import ConfigError, DataError, RunError, WireError
 from vblora.files import alone
 
 RUN: dict[str, Scalar] = {"rank": 2, "lr-bank": 0.5, "resume": False, "out": "somewhere"}
@@ -106,8 +106,19 @@ def test_what_breaks_is_told_and_the_trainer_lives(
     told = "it failed (ZeroDivisionError); the site's own log says why"
     assert ask_trainer(socket, Question(0, "hello"), RUN).error == told
     assert "hello: failed" in caplog.text
-    assert trainer_status(socket).last == "hello: failed: ZeroDivisionError: by zero"
+    assert trainer_status(socket).last == f"hello: refused: {told}"
     assert trainer_status(socket).answered == 0
+
+
+def test_its_status_tells_no_path_and_no_text(resident: FakeResident, tmp_path: Path):
+    service = trainer._Service(resident, str(tmp_path / "llama"), "./private/notes.csv", threading.Event())
+    server = trainer._listen(tmp_path / "t.sock", service)
+    resident.fault = DataError("/srv/private/notes.csv: line 3: 'Anna was ill'")
+    ask_trainer(tmp_path / "t.sock", Question(0, "hello"), RUN)
+    status = trainer_status(tmp_path / "t.sock")
+    server.stop(grace=None).wait()
+    assert (status.model, status.data) == ("llama", "notes.csv")
+    assert status.last == "hello: refused: its data does not fit the run; the site's own log says why"
 
 
 def test_another_protocol_is_refused(socket: Path, monkeypatch: pytest.MonkeyPatch):
