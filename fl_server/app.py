@@ -96,25 +96,26 @@ class GridExchange:
     ) -> GridExchange:
         """Wait for `count` nodes and learn the names of their clients: node ids are random, names are not.
 
-        A node that does not tell its name is called `node-ID`. Of more clients the first `count` take part;
-        of fewer, once the time is over, all, where they are at least `least`.
+        A node that does not tell its name is called `node-ID`, and so are those of one name, whose hellos
+        are errors. Of more clients the first `count` take part, those last; of fewer, once the time is over,
+        all, where they are at least `least`.
 
         Raises:
-            RunError: too few nodes in time, or two of one name.
+            RunError: too few nodes in time.
         """
         nodes: dict[str, int] = {}
         hellos: dict[str, Reply] = {}
         present = _wait_for_nodes(grid, count, count if least is None else least, wait_seconds, observer)
-        for node, name, reply in _greet(grid, present, wait_seconds):
-            if name in nodes:
-                raise RunError(
-                    f"nodes {nodes[name]} and {node} both say that they are client {name}; "
-                    "give each its own name or partition-id in --node-config"
-                )
+        greeted = list(_greet(grid, present, wait_seconds))
+        refused = _namesakes(greeted)
+        for node, name, reply in greeted:
+            if node in refused:
+                name = _placeholder(node)
+                reply = Reply(name, error=refused[node])
             nodes[name] = node
             if reply is not None:
                 hellos[name] = reply
-        chosen = sorted(nodes, key=client_order)[:count]
+        chosen = sorted(nodes, key=lambda name: (nodes[name] in refused, client_order(name)))[:count]
         return cls(grid, {name: nodes[name] for name in chosen}, hellos)
 
     def clients(self) -> list[str]:
@@ -164,6 +165,20 @@ def _greet(grid: Grid, ids: Sequence[int], seconds: float) -> Iterator[tuple[int
         reply = _read_reply("", answers[node]) if node in answers else None
         name = _checked_name(reply) or _placeholder(node)
         yield node, name, reply and Reply(name, reply.blob, reply.metrics, reply.text, reply.error)
+
+
+def _namesakes(greeted: Sequence[tuple[int, str, Reply | None]]) -> dict[int, str]:
+    """Why nodes are refused that say the name of another; which of them it belongs to nobody knows."""
+    named: dict[str, list[int]] = {}
+    for node, name, _ in greeted:
+        for taken in {name, _placeholder(node)}:
+            named.setdefault(taken, []).append(node)
+    return {
+        node: f"nodes {' and '.join(map(str, named[name]))} have one name, {name}; give each its own "
+        "(fedvb site --name; without fedvb, name or partition-id in --node-config)"
+        for node, name, _ in greeted
+        if len(named[name]) > 1
+    }
 
 
 def _placeholder(node: int) -> str:

@@ -1,7 +1,8 @@
-"""Files: written whole or not at all, locked, and one safetensors form for a state wherever it rests on disk."""
+"""Files: written whole or not at all, or locked; and one safetensors form for a state wherever it rests."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -28,6 +29,7 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"} | {
 }
 # Of a file that safetensors or JSON cannot read; of bfloat16 and smaller floats numpy knows nothing.
 UNREADABLE = (OSError, SafetensorError, LookupError, ArithmeticError, TypeError, ValueError, AttributeError)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of some network file systems
 LENGTH = struct.Struct("<Q")  # of a safetensors header, in front of it
 
 
@@ -53,7 +55,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 @contextmanager
 def alone(file: Path, where: str, who: str, fix: str) -> Iterator[None]:
     """Hold a lock file; who is killed lets go of it by dying. It is gone in the end, and so are the folders
-    that were made for it, where nothing else came into them.
+    that were made for it, where nothing else came into them. A file system without locks keeps nobody out.
 
     Args:
         file: to lock.
@@ -67,8 +69,7 @@ def alone(file: Path, where: str, who: str, fix: str) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         held = _locked(file)
     except BlockingIOError:
-        holder = file.read_text().strip() or "unknown"
-        raise RunError(f"{where}: in use by another {who} (process {holder}); {fix}") from None
+        raise RunError(f"{where}: in use by another {who} (process {_holder(file)}); {fix}") from None
     except OSError as error:
         raise RunError(f"{where}: cannot be written to ({error.strerror}); {fix}") from error
     try:
@@ -92,12 +93,21 @@ def _locked(file: Path) -> IO[str]:
         opened = file.open("a+")
         try:
             flock(opened, LOCK_EX | LOCK_NB)
-            if file.exists() and os.path.samestat(file.stat(), os.fstat(opened.fileno())):
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                opened.close()
+                raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(file.stat(), os.fstat(opened.fileno())):
                 return opened
-        except OSError:
-            opened.close()
-            raise
         opened.close()
+
+
+def _holder(file: Path) -> str:
+    try:
+        return file.read_text().strip() or "unknown"
+    except OSError:  # just gone
+        return "unknown"
 
 
 def save_state(path: Path, state: State, blueprint: Blueprint) -> None:

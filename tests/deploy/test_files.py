@@ -48,7 +48,7 @@ def test_commands_are_taken(path: Path):
 def test_folders_of_the_compose_files_are_where_they_are_called():
     """Compose would take them from deploy/compose."""
     told = [path.read_text() for path in (ROOT / "docs" / "deploy.md", *DEPLOY.glob("compose/*.yaml"))]
-    calls = re.findall(r"docker compose .{0,20}", "\n".join(told))
+    calls = re.findall(r"docker compose .*", "\n".join(told))
     assert len(calls) >= len(told)
     assert all(call.startswith("docker compose --project-directory . ") for call in calls)
 

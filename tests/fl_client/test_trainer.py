@@ -232,6 +232,11 @@ def test_a_long_path_is_named(tmp_path: Path):
         trainer_listens(tmp_path / ("x" * 120))
 
 
+def test_a_path_that_grpc_would_decode_is_named(tmp_path: Path):
+    with pytest.raises(RunError, match="has a %, which gRPC decodes; choose one without"):
+        trainer_listens(tmp_path / "a%20b.sock")
+
+
 def test_one_trainer_a_folder(tmp_path: Path):
     with (
         alone(tmp_path / "lock", "--state s", "trainer", "end it"),

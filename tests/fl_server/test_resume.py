@@ -197,7 +197,9 @@ def test_two_servers_never_write_into_one_directory(tmp_path: Path, resume: bool
 
     def second(request: Request, reply: Reply) -> list[Reply]:
         if request.client == "0" and (request.kind == "hello" or resume):
-            with pytest.raises(RunError, match=rf"in use by another run \(process {os.getpid()}\); end") as told:
+            with pytest.raises(
+                RunError, match=rf"in use by another run \(process {os.getpid()}\); end"
+            ) as told:
                 run(out, resume=resume)
             refused.append(told)
         return [reply]

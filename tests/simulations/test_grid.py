@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -198,8 +199,27 @@ def test_nodes_without_a_name_and_nodes_of_one_name():
     def twins(messages: list[Message], contexts: list[Context]) -> list[Message]:
         return [to_message(Reply("7", text="{}"), message) for message in messages]
 
-    with pytest.raises(RunError, match="nodes 2 and 3 both say that they are client 7"):
-        GridExchange.meet(InProcessGrid(twins, 3), 3, 1.0)
+    exchange = GridExchange.meet(InProcessGrid(twins, 3), 3, 1.0)
+    replies = list(exchange.ask([Request(name, "hello") for name in exchange.clients()], 1.0))
+    assert [reply.client for reply in replies] == ["node-2", "node-3", "node-4"]
+    told = r"nodes 2 and 3 and 4 have one name, 7; give each its own \(fedvb site --name; .*"
+    assert all(re.fullmatch(told, reply.error) for reply in replies)
+
+
+@pytest.mark.parametrize("claimed", ["0", "node-2"])
+def test_a_run_goes_on_without_nodes_of_one_name(tmp_path: Path, claimed: str):
+    """A name that is another node's, or that such a one would be called by."""
+
+    def twins(messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
+        for message, context in zip(messages, contexts, strict=True):
+            reply = answer(message, context)
+            if context.node_config["partition-id"] == 4:
+                reply.content["text"]["client"] = claimed
+            yield reply
+
+    config = run_config(tmp_path, rounds=1)
+    run_server_app(app, InProcessGrid(twins, 5), config)
+    assert json.loads((tmp_path / "summary.json").read_text())["clients"] == (3 if claimed == "0" else 4)
 
 
 def test_a_node_that_comes_back_before_its_trainer_is_ready_is_asked_again(monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import tomllib
@@ -17,6 +18,7 @@ import pytest
 from fl_server.gate import GateSettings
 from simulations import watch
 from tests.simulations.conftest import Run
+from vblora.errors import RunError
 from vblora.files import alone
 
 
@@ -97,7 +99,9 @@ def test_server_and_site_use_the_keys(fedvb: Run, became: Became, tmp_path: Path
 def test_flowers_home_is_the_servers_own_or_somebodys_and_a_sites_always_its_own(
     fedvb: Run, became: Became, tmp_path: Path, port: int
 ):
-    os.environ["FLWR_HOME"] = str(tmp_path / "superlink" / "flwr")  # before there is one, as in docs/deploy.md
+    os.environ["FLWR_HOME"] = str(
+        tmp_path / "superlink" / "flwr"
+    )  # before there is one, as in docs/deploy.md
     assert fedvb("server", "--insecure", "--port", port).code == 0
     assert became.calls[-1][1]["FLWR_HOME"] == os.environ["FLWR_HOME"]
     assert f"127.0.0.1:{port}" in (tmp_path / "superlink" / "flwr" / "config.toml").read_text()
@@ -238,6 +242,16 @@ def test_prometheus_tells_the_last_round(finished: Path):
         told = page.read().decode()
     assert "fedvb_round 3.0" in told
     assert "fedvb_clients_replied 2.0" in told
+
+
+def test_a_run_that_waits_for_its_clients_is_followed(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "events.jsonl").touch()
+    with pytest.raises(RunError, match="no run here"):
+        watch.watch(tmp_path, [], follow=False)
+    monkeypatch.setattr("time.sleep", lambda _: shutil.copytree(finished, tmp_path, dirs_exist_ok=True))
+    assert watch.watch(tmp_path, [], follow=True) == 4
 
 
 def test_what_watch_needs_is_named(fedvb: Run, finished: Path, monkeypatch: pytest.MonkeyPatch):
