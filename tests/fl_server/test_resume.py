@@ -222,7 +222,7 @@ def test_directories_that_are_taken_missing_or_damaged(tmp_path: Path):
     with pytest.raises(RunError, match="no run to resume"):
         run(tmp_path / "a", resume=True)
     interrupted(tmp_path / "a", 2)
-    with pytest.raises(RunError, match="taken by a run; go on with --resume or choose another --out"):
+    with pytest.raises(RunError, match=r"go on with resume=true \(fedvb: --resume\) or choose another out"):
         run(tmp_path / "a")
 
     history = tmp_path / "a" / "history.jsonl"

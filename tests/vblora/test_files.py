@@ -220,7 +220,7 @@ def test_one_holds_a_lock_and_leaves_nothing(tmp_path: Path):
             pass
     assert list(tmp_path.iterdir()) == []
     with (
-        pytest.raises(RunError, match=r"here: cannot be written to \(Not a directory\); wait"),
+        pytest.raises(RunError, match=r"here: cannot be written to \(File exists\); wait"),
         alone(Path("/dev/null/lock"), "here", "test", "wait"),
     ):
         pass
