@@ -17,6 +17,7 @@ from fl_client.app import handle
 from fl_server.app import GridExchange, app
 from fl_server.config_file import read_config
 from fl_server.exchange import Reply, Request
+from fl_server.observer import LogObserver
 from fl_server.rounds import run_rounds
 from simulations.grid import InProcessGrid, one_by_one, run_server_app
 from tests.fl_server.fakes import FakeClient, make_exchange, make_settings, read_history
@@ -204,6 +205,38 @@ def test_nodes_without_a_name_and_nodes_of_one_name():
     assert [reply.client for reply in replies] == ["node-2", "node-3", "node-4"]
     told = r"nodes 2 and 3 and 4 have one name, 7; give each its own \(fedvb site --name; .*"
     assert all(re.fullmatch(told, reply.error) for reply in replies)
+
+
+def test_a_site_whose_trainer_starts_late_takes_part(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fl_server.app.GREET_AGAIN", 0.05)
+    asked: list[int] = []
+
+    class Deployed(InProcessGrid):
+        in_process = False
+
+    def told(messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
+        for message in messages:
+            asked.append(node := message.metadata.dst_node_id)
+            if node == 3 and asked.count(3) < ready:
+                yield Message(Error(2, "trainer: none runs at this site"), reply_to=message)
+            else:
+                yield to_message(Reply(f"site {node}", text="{}"), message)
+
+    class Observer(LogObserver):
+        def waiting(self, why: str, seconds: float) -> None:
+            waits.append(why)
+
+    ready, waits = 3, []
+    exchange = GridExchange.meet(Deployed(told, 2), 2, 30.0, Observer())
+    assert waits == ["1 of 2 clients are ready; no trainer at node-3"]
+    assert (exchange.clients(), asked) == (["site 2", "site 3"], [2, 3, 3, 3])
+    ready = 1_000_000
+    exchange = GridExchange.meet(Deployed(told, 2), 2, 0.3)
+    assert exchange.clients() == ["node-3", "site 2"], "refused, when the time is over"
+    assert len(asked) > 6
+    asked.clear()
+    assert GridExchange.meet(Deployed(told, 3), 2, 30.0).clients() == ["site 2", "site 4"]
+    assert asked == [2, 3, 4], "enough are there"
 
 
 @pytest.mark.parametrize("claimed", ["0", "node-2"])
