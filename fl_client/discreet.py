@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vblora.errors import DataError, FedVBError, StartError
 
-__all__ = ["described_for_server", "reason_for_server"]
+__all__ = ["described_for_server", "name_for_server", "reason_for_server"]
 
 LOG = "the site's own log says why"
 OUT_OF_MEMORY = "out of GPU memory; lower batch-size or max-length, or take a smaller dtype"
@@ -20,10 +20,16 @@ def described_for_server(described: str) -> str:
     """The JSON of a site's description with the names of its files, without their folders."""
     told = json.loads(described)
     for key in ("model", "data"):
-        path = Path(told[key]).expanduser()
-        if told[key].startswith((".", "~")) or path.is_absolute() or path.exists():
-            told[key] = path.absolute().name
+        told[key] = name_for_server(told[key])
     return json.dumps(told)
+
+
+def name_for_server(name: str) -> str:
+    """The name of a model or of data, where it is a path without the folders."""
+    path = Path(name).expanduser()
+    if name.startswith((".", "~")) or path.is_absolute() or path.exists():
+        return path.absolute().name
+    return name
 
 
 def reason_for_server(error: Exception) -> str:

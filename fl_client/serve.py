@@ -34,16 +34,21 @@ def answer(
         questions: of one kind and, for training, with one state and config.
         on_step: told the local steps while training.
         on_batch: told the batches while evaluating.
+
+    Raises:
+        WireError: there is no such kind of question, or a blob is damaged.
     """
     kind = questions[0].kind if questions else ""
     if kind == "train":
         yield from _train(site, questions, on_step)
     elif kind == "evaluate":
         yield from _evaluate(site, questions, on_batch)
-    else:
+    elif kind in ("hello", "describe"):
         for question in questions:
             text = _hello(site, question.client) if kind == "hello" else site.describe()
             yield Answer(question.client, text=text)
+    elif questions:
+        raise WireError(f"question: its kind is {kind!r:.40}, expected hello, describe, train or evaluate")
 
 
 def _train(site: Site, questions: Sequence[Question], on_step: OnStep | None) -> Iterator[Answer]:

@@ -35,9 +35,11 @@ def checked_socket(path: Path) -> Path:
     """The absolute path of a socket.
 
     Raises:
-        RunError: it is too long for a socket's address.
+        RunError: it is too long for a socket's address, or gRPC would read it as another.
     """
     absolute = path.expanduser().absolute()
+    if "%" in str(absolute):
+        raise RunError(f"socket {absolute}: the path has a %, which gRPC decodes; choose one without")
     if len(bytes(absolute)) > LONGEST_PATH:
         raise RunError(
             f"socket {absolute}: the path has {len(bytes(absolute))} bytes, expected {LONGEST_PATH} at most; "

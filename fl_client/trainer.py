@@ -6,10 +6,11 @@ socket that only its own user can open. A caller that dies takes its question wi
 
 from __future__ import annotations
 
-import fcntl
+import ctypes
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,12 +22,13 @@ import grpc
 import torch
 
 from fl_client import trainer_pb2 as pb
-from fl_client.discreet import reason_for_server
+from fl_client.discreet import name_for_server, reason_for_server
 from fl_client.questions import Answer, Question, Scalar, with_less_time
 from fl_client.resident import Budget, Resident
 from fl_client.thin import OPTIONS, PROTOCOL, checked_socket, from_wire, to_wire, trainer_listens
 from fl_client.trainer_pb2_grpc import TrainerServicer, add_TrainerServicer_to_server
 from vblora.errors import FedVBError, RunError
+from vblora.files import alone
 
 __all__ = ["run_trainer"]
 
@@ -35,6 +37,7 @@ WATCHERS = 4  # at most: they must leave threads for questions
 PATIENCE = 0.2  # seconds between looks at whether a waiting caller still lives, and between told steps
 TELL_EVERY = 5.0  # seconds between lines about the steps
 GIB = 1 << 30
+PR_SET_DUMPABLE = 4  # of prctl
 
 log = logging.getLogger("fedvb.trainer")
 
@@ -58,6 +61,7 @@ def run_trainer(
     Raises:
         FedVBError: the site's model or data cannot be used, or another trainer has this folder or socket.
     """
+    _shut_out_others()
     path = checked_socket(socket or state / "trainer.sock")
     if path.exists() and not path.is_socket():
         raise RunError(f"--socket {path}: there is something else of this name; choose another")
@@ -69,7 +73,7 @@ def run_trainer(
                 f"{option}: {folder} cannot be made ({error.strerror}); name a folder that you can write to"
             ) from error
     stopped = threading.Event()
-    with _alone(state):
+    with alone(state / "lock", f"--state {state}", "trainer", "end that one, or name another folder"):
         if trainer_listens(path):
             raise RunError(
                 f"socket {path}: another trainer answers there; give this one a --socket of its own"
@@ -89,6 +93,13 @@ def run_trainer(
     log.info("stopped")
 
 
+def _shut_out_others() -> None:
+    """Close /proc/PID to processes of the same user: a SuperNode's unit hides the texts from it, but
+    /proc/PID/root of a trainer would lead to them, and /proc/PID/mem to what it has read."""
+    if sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
+        log.warning("prctl: other processes of this user can read this one's memory and files")
+
+
 class _Stopped(Exception):
     """The caller has gone, or the trainer is to end."""
 
@@ -98,7 +109,7 @@ class _Service(TrainerServicer):
 
     def __init__(self, resident: Resident, model: str, data: str, stopped: threading.Event) -> None:
         self._resident = resident
-        self._names = model, data
+        self._names = name_for_server(model), name_for_server(data)
         self._stopped = stopped
         self._turn = threading.Lock()
         self._watchers = threading.BoundedSemaphore(WATCHERS)
@@ -184,22 +195,25 @@ class _Service(TrainerServicer):
             log.warning("%s", self._last)
             raise
         except FedVBError as error:
-            self._last = f"{what}: refused: {error}"
-            log.warning("%s", self._last)
-            return Answer(0, error=reason_for_server(error))
+            log.warning("%s: refused: %s", what, error)
+            return self._refusal(what, error)
         except torch.cuda.OutOfMemoryError as error:
             torch.cuda.empty_cache()
-            self._last = f"{what}: out of GPU memory: {error}"
-            log.error("%s", self._last)
-            return Answer(0, error=reason_for_server(error))
+            log.error("%s: out of GPU memory: %s", what, error)
+            return self._refusal(what, error)
         except Exception as error:  # the next question may well be answered
-            self._last = f"{what}: failed: {type(error).__name__}: {error}"
             log.exception("%s: failed", what)
-            return Answer(0, error=reason_for_server(error))
+            return self._refusal(what, error)
         self._answered += 1
         self._last = self._account(what, found, time.monotonic() - started)
         log.info("%s", self._last)
         return found
+
+    def _refusal(self, what: str, error: Exception) -> Answer:
+        """Whoever has the socket may hear the status as well: the error itself is for the log."""
+        reason = reason_for_server(error)
+        self._last = f"{what}: refused: {reason}"
+        return Answer(0, error=reason)
 
     def _account(self, what: str, found: Answer, seconds: float) -> str:
         parts = [f"{what}: {seconds:.1f} s"]
@@ -247,28 +261,6 @@ def _listen(path: Path, service: _Service) -> grpc.Server:
         os.umask(umask)
     server.start()
     return server
-
-
-@contextmanager
-def _alone(state: Path) -> Iterator[None]:
-    """Hold the folder's lock; a killed trainer lets go of it by dying."""
-    try:
-        opened = (state / "lock").open("a+")
-    except OSError as error:
-        raise RunError(f"--state {state}: cannot be written to ({error.strerror})") from error
-    with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise RunError(
-                f"--state {state}: in use by another trainer (process {file.read().strip() or 'unknown'}); "
-                "end that one, or name another folder"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 @contextmanager

@@ -36,6 +36,8 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 0.02, 3.0  # between polls, seconds; Flower's ow
 PATIENCE, TELL_EVERY = 5.0, 60.0  # seconds before it says that it waits for clients, and says it again
 GREETING_SECONDS = 60.0  # for a node that comes during a run to tell its name
 NAMELESS_SECONDS = 30.0  # before one that told none is asked again
+GREET_AGAIN = 10.0  # seconds before a site without its trainer is greeted again
+NO_TRAINER = "trainer: "  # so begins the error of a ClientApp whose trainer does not answer
 MAX_NAME = 64  # characters of what a client calls itself
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -79,7 +81,7 @@ class GridExchange:
 
     def __init__(self, grid: Grid, nodes: Mapping[str, int], hellos: Mapping[str, Reply]) -> None:
         """See `meet`. `nodes` maps names to node ids, `hellos` names to the replies that told them."""
-        self.lasting = not getattr(grid, "in_process", False)
+        self.lasting = _is_lasting(grid)
         self._grid = grid
         self._ask_again: dict[int, float] = {}  # when, of nodes that are nobody's yet
         self._nodes = dict(nodes)
@@ -96,25 +98,27 @@ class GridExchange:
     ) -> GridExchange:
         """Wait for `count` nodes and learn the names of their clients: node ids are random, names are not.
 
-        A node that does not tell its name is called `node-ID`. Of more clients the first `count` take part;
-        of fewer, once the time is over, all, where they are at least `least`.
+        A node that does not tell its name is called `node-ID`, and so are those of one name, whose hellos
+        are errors. Of more clients the first `count` take part, those with errors last; of fewer, once the
+        time is over, all, where they are at least `least`. Sites without their trainer are waited for.
 
         Raises:
-            RunError: too few nodes in time, or two of one name.
+            RunError: too few nodes in time.
         """
         nodes: dict[str, int] = {}
         hellos: dict[str, Reply] = {}
         present = _wait_for_nodes(grid, count, count if least is None else least, wait_seconds, observer)
-        for node, name, reply in _greet(grid, present, wait_seconds):
-            if name in nodes:
-                raise RunError(
-                    f"nodes {nodes[name]} and {node} both say that they are client {name}; "
-                    "give each its own name or partition-id in --node-config"
-                )
+        greeted = _greet_until_ready(grid, present, count, wait_seconds, observer)
+        refused = _namesakes(greeted)
+        for node, name, reply in greeted:
+            if node in refused:
+                name = _placeholder(node)
+                reply = Reply(name, error=refused[node])
             nodes[name] = node
             if reply is not None:
                 hellos[name] = reply
-        chosen = sorted(nodes, key=client_order)[:count]
+        ready = {name for name, hello in hellos.items() if not hello.error}
+        chosen = sorted(nodes, key=lambda name: (name not in ready, client_order(name)))[:count]
         return cls(grid, {name: nodes[name] for name in chosen}, hellos)
 
     def clients(self) -> list[str]:
@@ -156,6 +160,31 @@ class GridExchange:
             yield _read_reply(names[node], answer)
 
 
+def _is_lasting(grid: Grid) -> bool:
+    return not getattr(grid, "in_process", False)
+
+
+def _greet_until_ready(
+    grid: Grid, ids: Sequence[int], count: int, seconds: float, observer: Observer | None
+) -> list[tuple[int, str, Reply | None]]:
+    """As `_greet`; sites without their trainer again, while fewer than `count` are ready and time is left."""
+    started = time.monotonic()
+    told = started - TELL_EVERY
+    greeted = {found[0]: found for found in _greet(grid, ids, seconds)}
+    while _is_lasting(grid):
+        away = [node for node, _, reply in greeted.values() if reply and reply.error.startswith(NO_TRAINER)]
+        left = started + seconds - time.monotonic()
+        if not away or len(ids) - len(away) >= count or left <= GREET_AGAIN:
+            break
+        if observer is not None and time.monotonic() - told >= TELL_EVERY:
+            told = time.monotonic()
+            ready, names = len(ids) - len(away), ", ".join(map(_placeholder, away))
+            observer.waiting(f"{ready} of {count} clients are ready; no trainer at {names:.300}", left)
+        time.sleep(GREET_AGAIN)
+        greeted |= {found[0]: found for found in _greet(grid, away, left - GREET_AGAIN)}
+    return list(greeted.values())
+
+
 def _greet(grid: Grid, ids: Sequence[int], seconds: float) -> Iterator[tuple[int, str, Reply | None]]:
     """(node, name, hello) of nodes in their order; who tells no name, or nothing, is called `node-ID`."""
     messages = _messages([(node, Request("", "hello")) for node in ids], seconds)
@@ -164,6 +193,20 @@ def _greet(grid: Grid, ids: Sequence[int], seconds: float) -> Iterator[tuple[int
         reply = _read_reply("", answers[node]) if node in answers else None
         name = _checked_name(reply) or _placeholder(node)
         yield node, name, reply and Reply(name, reply.blob, reply.metrics, reply.text, reply.error)
+
+
+def _namesakes(greeted: Sequence[tuple[int, str, Reply | None]]) -> dict[int, str]:
+    """Why nodes are refused that say the name of another; which of them it belongs to nobody knows."""
+    named: dict[str, list[int]] = {}
+    for node, name, _ in greeted:
+        for taken in {name, _placeholder(node)}:
+            named.setdefault(taken, []).append(node)
+    return {
+        node: f"nodes {' and '.join(map(str, named[name]))} have one name, {name}; give each its own "
+        "(fedvb site --name; without fedvb, name or partition-id in --node-config)"
+        for node, name, _ in greeted
+        if len(named[name]) > 1
+    }
 
 
 def _placeholder(node: int) -> str:

@@ -68,11 +68,11 @@ class Attendance:
         """
         now = self.clock()
         if not self.exchange.lasting:
-            raise RunError(f"{why}; mend the clients and go on with --resume")
+            raise RunError(f"{why}; mend the clients and go on with resume=true (fedvb: --resume)")
         if now >= self._deadline:
             raise RunError(
                 f"{why}; paused after {self.patience:g} seconds of waiting (wait-seconds): bring the clients "
-                "back and go on with --resume"
+                "back and go on with resume=true (fedvb: --resume)"
             )
         if why != self._told[0] or now - self._told[1] >= TELL_EVERY:
             self._told = (why, now)

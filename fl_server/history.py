@@ -114,11 +114,13 @@ class History:
         """
         out = self.path.parent
         if resume and not self.path.is_file():
-            raise RunError(f"{out}: no run to resume, expected {self.path.name}; start without --resume")
+            raise RunError(f"{out}: no run to resume, expected {self.path.name}; start without resume")
         if not resume and (self.path.exists() or any(out.glob("checkpoints/round-*"))):
-            raise RunError(f"{out}: taken by a run; go on with --resume or choose another --out")
+            raise RunError(
+                f"{out}: taken by a run; go on with resume=true (fedvb: --resume) or choose another out"
+            )
         if not resume and (others := sorted({path.name for path in out.glob("*")} - BEFORE)):
-            raise RunError(f"{out}: holds {others[0]}; choose a folder for --out that is new or empty")
+            raise RunError(f"{out}: holds {others[0]}; choose another out, a folder that is new or empty")
 
     def create(self) -> None:
         """Begin the file."""
@@ -136,7 +138,7 @@ class History:
         if not rounds and len(lines) > 1:  # round 0 alone may have been cut off before its checkpoint
             raise RunError(
                 f"{self.path}: has {len(lines)} rounds, but there is no checkpoint; restore the folder "
-                "checkpoints or start anew with another --out"
+                "checkpoints or start anew with another out"
             )
         self.records = []
         for number, line in enumerate(lines[:rounds]):
@@ -153,7 +155,7 @@ class History:
         if len(self.records) < rounds:
             raise RunError(
                 f"{self.path}: ends before round {len(self.records)}, but there is a checkpoint of round "
-                f"{rounds - 1}; restore the file or start anew with another --out"
+                f"{rounds - 1}; restore the file or start anew with another out"
             )
         if len(lines) > rounds:
             write_atomic(self.path, b"".join(lines[:rounds]))

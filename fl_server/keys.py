@@ -167,24 +167,28 @@ def _server(folder: Path, hosts: Sequence[str], made: list[str]) -> tuple[str, .
     authority_key = read_key(*_content(authority_key_file))
     if not authority_file.exists():
         _write(authority_file, pem(authority_certificate(authority_key)), made, private=False)
+    authority = read_certificate(*_content(authority_file))
+    if authority.public_key() != authority_key.public_key():
+        raise RunError(f"{folder}: ca.key is not the key of ca.crt; bring the right one for a new server.pem")
     if not key_file.exists():
         _write(key_file, pem(new_key()), made)
     certificate = server_certificate(
         read_key(*_content(key_file)),
         tuple(dict.fromkeys([*hosts, *OWN_HOSTS])),
         authority_key,
-        read_certificate(*_content(authority_file)),
+        authority,
     )
     _write(file, pem(certificate), made, private=False)
     return certificate_hosts(certificate)
 
 
 def _node(folder: Path, number: int, made: list[str]) -> None:
+    """A node's two halves; nothing where the public one is here alone: the private one is at its site."""
     file = folder / f"node-{number}"
-    if not file.exists():
-        _write(file, node_private(new_key()), made)
     public = folder / f"{file.name}.pub"
     if not public.exists():
+        if not file.exists():
+            _write(file, node_private(new_key()), made)
         _write(public, node_public(read_node_key(*_content(file)), file.name), made, private=False)
 
 

@@ -29,11 +29,13 @@ from fl_server.settings import ServerSettings
 from fl_server.text_scores import require_library
 from fl_server.training import train_round
 from vblora.errors import RunError
-from vblora.files import save_state, write_atomic
+from vblora.files import alone, save_state, write_atomic
 from vblora.state import State
 from vblora.wire import initial
 
 __all__ = ["run_rounds"]
+
+LOCK = "lock"  # in the run's directory, while a run is at work there
 
 
 def run_rounds(
@@ -54,13 +56,28 @@ def run_rounds(
         The content of `summary.json`.
 
     Raises:
-        RunError: the directory is taken or holds no run, no client can take part, or a round has no usable
-            reply. What is on disk can then be resumed, as it can after a KeyboardInterrupt.
+        RunError: the directory is taken, in use or holds no run, no client can take part, or a round has no
+            usable reply. What is on disk can then be resumed, as it can after a KeyboardInterrupt.
     """
     out = Path(settings.out)
-    observer = observer or LogObserver()
     history = History(out)
     history.check(settings.resume)
+    fix = "end that one (flwr stop, of a deployed run), or choose another out"
+    with alone(out / LOCK, str(out), "run", fix):
+        if settings.resume or history.path.exists():  # another has ended since
+            history.check(settings.resume)
+        return _run(exchange, settings, observer or LogObserver(), config, history)
+
+
+def _run(
+    exchange: Exchange,
+    settings: ServerSettings,
+    observer: Observer,
+    config: Mapping[str, Scalar] | None,
+    history: History,
+) -> dict[str, Any]:
+    """See `run_rounds`; the directory is ours."""
+    out = Path(settings.out)
 
     # Step 1: who is there, and what do they train together?
     roster = meet(exchange, settings.wait_seconds)

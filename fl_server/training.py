@@ -42,7 +42,8 @@ def train_round(run: Run, reference: Broadcast, record: Record) -> None:
     if len(eligible) < settings.quorum:  # waiting cannot help: a run's clients are known from its start
         raise RunError(
             f"round {number}: {len(run.clients)} clients take part, the last {settings.late_clients} later, "
-            f"quorum is {settings.quorum}; bring more clients and go on with --resume, or lower late-clients"
+            f"quorum is {settings.quorum}; bring more clients and go on with resume=true (fedvb: --resume), "
+            "or lower late-clients"
         )
     while True:
         there = run.attendance.gather(eligible, number)
@@ -57,7 +58,9 @@ def train_round(run: Run, reference: Broadcast, record: Record) -> None:
         )
         why = f"round {number}: {found} from {len(names)} clients: {name_faults(ordered(faults))}"
         if len(record["dropped"]) == len(names):  # as drawn from the seed: they would again
-            raise RunError(f"{why}; go on with --resume and other clients, or lower dropout")
+            raise RunError(
+                f"{why}; go on with resume=true (fedvb: --resume) and other clients, or lower dropout"
+            )
         run.attendance.wait(why, RETRY)
     state, cuts = harvest.finish()
     for name in sorted(cuts, key=client_order):

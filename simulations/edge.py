@@ -108,7 +108,12 @@ def site(
     ] = None,
     name: Annotated[str, typer.Option(help="Of the site, in logs and histories; else its node id.")] = "",
     state: Annotated[Path, typer.Option(help="Folder of Flower's home.")] = Path("supernode"),
-    port: Annotated[int, typer.Option(help="For Flower's own use on this machine; one a node.")] = 9094,
+    port: Annotated[
+        int,
+        typer.Option(
+            min=1, max=65535, metavar="INTEGER", help="For Flower's own use on this machine; one a node."
+        ),
+    ] = 9094,
     model: Annotated[str, typer.Option(help="Base model, to train with where no trainer runs.")] = "",
     data: Annotated[str, typer.Option(help="Texts, to train on where no trainer runs.")] = "",
     labels: Annotated[str, typer.Option(help="All classes by comma, where no trainer runs.")] = "",

@@ -15,9 +15,12 @@ __all__ = ["become", "environment", "make_home", "require_free", "warn_insecure"
 
 
 def environment(state: Path) -> dict[str, str]:
-    """Variables for one of Flower's programs: its home in `state`, no message to its makers, no installing;
-    what is set already wins. It starts others of its programs, so they must be on the path."""
-    home = os.environ.get("FLWR_HOME", str((state / "flwr").absolute()))
+    """Variables for one of Flower's programs: its home in `state`, no message to its makers, no installing.
+
+    What is set already wins, but for the home: it may be another program's. Flower starts others of its
+    programs, so they must be on the path.
+    """
+    home = str((state / "flwr").absolute())
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     quiet = {
         "FLWR_TELEMETRY_ENABLED": "0",

@@ -64,7 +64,7 @@ def server(
     keys: Annotated[Path | None, typer.Option(help="Folder that fedvb keys made.")] = None,
     state: Annotated[Path, typer.Option(help="Folder of Flower's database and home.")] = Path("superlink"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="INTEGER", help="Port to listen on.")] = 8000,
     operators: Annotated[
         list[str] | None,
         typer.Option(
@@ -91,6 +91,7 @@ def server(
     from fl_server.gate import GateSettings
     from fl_server.keys import write_connection
     from simulations.superlink import run_superlink
+    from vblora.files import alone
 
     settings = GateSettings(tuple(operators or ()), requests, megabytes)
     arguments = ["--host", host, "--port", str(port), "--database", str(state / "superlink.db")]
@@ -99,11 +100,21 @@ def server(
         warn_insecure()
     require_free(host, port)
     make_home(state)
-    if "FLWR_HOME" not in os.environ:  # else it is somebody's, who may have connections of his own there
-        authority = None if insecure or keys is None else keys / "ca.crt"
-        write_connection(state / "flwr", ANYWHERE.get(host, host), port, authority)
-    os.environ.update(environment(state))
-    run_superlink([*arguments, "--disable-runtime-dependency-installation"], settings)
+    with alone(state / "lock", f"--state {state}", "server", "end that one, or name another folder"):
+        variables = environment(state)
+        if _is_ours(state / "flwr"):
+            authority = None if insecure or keys is None else keys / "ca.crt"
+            write_connection(state / "flwr", ANYWHERE.get(host, host), port, authority)
+        else:
+            del variables["FLWR_HOME"]
+        os.environ.update(variables)
+        run_superlink([*arguments, "--disable-runtime-dependency-installation"], settings)
+
+
+def _is_ours(home: Path) -> bool:
+    """Whether Flower's home is the server's own, not somebody's who may have connections of his own there."""
+    named = os.environ.get("FLWR_HOME")
+    return named is None or Path(named).expanduser().resolve() == home.resolve()
 
 
 def _secured(folder: Path | None) -> Iterator[str]:
@@ -146,7 +157,10 @@ def status(
 def watch(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     tensorboard: Annotated[Path | None, typer.Option(help="Write TensorBoard's scalars here.")] = None,
-    prometheus: Annotated[int | None, typer.Option(help="Serve Prometheus' metrics on this port.")] = None,
+    prometheus: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, metavar="INTEGER", help="Serve Prometheus' metrics on this port."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to serve them on.")] = "127.0.0.1",
     once: Annotated[bool, typer.Option("--once", help="Tell what is there, and end.")] = False,
 ) -> None:

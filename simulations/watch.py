@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fl_server.events import EVENTS_FILE
+from fl_server.history import History
 from fl_server.status import read_records
 from vblora.errors import ConfigError
 
@@ -19,7 +21,8 @@ POLL = 2.0  # seconds
 
 
 def watch(run: Path, sinks: list[Sink], *, follow: bool, poll: float = POLL) -> int:
-    """Tell sinks every round of a run, once; with `follow` until the run has its summary.
+    """Tell sinks every round of a run, once; with `follow` until the run has its summary, and from where it
+    waits for its clients.
 
     Returns:
         How many rounds were told.
@@ -30,7 +33,8 @@ def watch(run: Path, sinks: list[Sink], *, follow: bool, poll: float = POLL) -> 
     told = 0
     while True:
         finished = (run / "summary.json").is_file()
-        for record in read_records(run)[told:]:
+        waits = follow and (run / EVENTS_FILE).is_file() and not History(run).path.exists()
+        for record in [] if waits else read_records(run)[told:]:
             for sink in sinks:
                 sink(record["round"], _numbers(record))
             told += 1

@@ -1,14 +1,16 @@
-"""Files: written whole or not at all, and one safetensors form for a state wherever it rests on disk."""
+"""Files: written whole or not at all, or locked; and one safetensors form for a state wherever it rests."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,7 @@ from vblora.errors import ModelError, RunError, StartError
 from vblora.spec import Blueprint
 from vblora.state import State, TopK, content_faults
 
-__all__ = ["load_state", "read_tensors", "safetensors_bytes", "save_state", "write_atomic"]
+__all__ = ["alone", "load_state", "read_tensors", "safetensors_bytes", "save_state", "write_atomic"]
 
 FORMAT = "fedvb-state-1"
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"} | {
@@ -27,6 +29,7 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"} | {
 }
 # Of a file that safetensors or JSON cannot read; of bfloat16 and smaller floats numpy knows nothing.
 UNREADABLE = (OSError, SafetensorError, LookupError, ArithmeticError, TypeError, ValueError, AttributeError)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of some network file systems
 LENGTH = struct.Struct("<Q")  # of a safetensors header, in front of it
 
 
@@ -47,6 +50,64 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def alone(file: Path, where: str, who: str, fix: str) -> Iterator[None]:
+    """Hold a lock file; who is killed lets go of it by dying. It is gone in the end, and so are the folders
+    that were made for it, where nothing else came into them. A file system without locks keeps nobody out.
+
+    Args:
+        file: to lock.
+        where, who, fix: for messages: the option or folder, what else may hold it, what helps.
+
+    Raises:
+        RunError: another process holds it, or it cannot be made.
+    """
+    made = [folder for folder in file.parents if not folder.exists()]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        held = _locked(file)
+    except BlockingIOError:
+        raise RunError(f"{where}: in use by another {who} (process {_holder(file)}); {fix}") from None
+    except OSError as error:
+        raise RunError(f"{where}: cannot be written to ({error.strerror}); {fix}") from error
+    try:
+        held.truncate(0)
+        held.write(str(os.getpid()))
+        held.flush()
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # while it is held: see _locked
+        held.close()
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def _locked(file: Path) -> IO[str]:
+    """The file, open and locked; another one where its holder removed it between the two."""
+    from fcntl import LOCK_EX, LOCK_NB, flock  # not on every system
+
+    while True:
+        opened = file.open("a+")
+        try:
+            flock(opened, LOCK_EX | LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                opened.close()
+                raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(file.stat(), os.fstat(opened.fileno())):
+                return opened
+        opened.close()
+
+
+def _holder(file: Path) -> str:
+    try:
+        return file.read_text().strip() or "unknown"
+    except OSError:  # just gone
+        return "unknown"
 
 
 def save_state(path: Path, state: State, blueprint: Blueprint) -> None:

@@ -45,6 +45,14 @@ def test_commands_are_taken(path: Path):
         command.make_context(name, arguments)  # raises where an option is unknown or missing
 
 
+def test_folders_of_the_compose_files_are_where_they_are_called():
+    """Compose would take them from deploy/compose."""
+    told = [path.read_text() for path in (ROOT / "docs" / "deploy.md", *DEPLOY.glob("compose/*.yaml"))]
+    calls = re.findall(r"docker compose .*", "\n".join(told))
+    assert len(calls) >= len(told)
+    assert all(call.startswith("docker compose --project-directory . ") for call in calls)
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_takes_the_units(tmp_path: Path):
     """As they are, but for the program: it is not installed here."""

@@ -202,3 +202,11 @@ def test_a_damaged_blob_is_an_error_of_ours(site: Site, state: State, kind: str)
     config = {"round": 1, "lr-scale": 1.0, "shard": 0, "shards": 1}
     with pytest.raises(WireError):
         list(answer(site, [Question(0, kind, blob, config)]))
+
+
+@pytest.mark.parametrize("kind", ["", "describe ", "save", "x" * 99])
+def test_a_question_of_no_known_kind_is_refused(site: Site, kind: str):
+    with pytest.raises(
+        WireError, match=r"question: its kind is '.{0,40}, expected hello, describe, train or"
+    ):
+        list(answer(site, [Question(0, kind)]))

@@ -19,7 +19,8 @@ from fl_client.resident import Resident
 from fl_client.site import OnStep
 from fl_client.thin import ask_trainer, trainer_listens, trainer_status, watch_trainer
 from tests.conftest import ROOT
-from vblora.errors import ConfigError, RunError, WireError
+from vblora.errors import ConfigError, DataError, RunError, WireError
+from vblora.files import alone
 
 RUN: dict[str, Scalar] = {"rank": 2, "lr-bank": 0.5, "resume": False, "out": "somewhere"}
 
@@ -105,8 +106,19 @@ def test_what_breaks_is_told_and_the_trainer_lives(
     told = "it failed (ZeroDivisionError); the site's own log says why"
     assert ask_trainer(socket, Question(0, "hello"), RUN).error == told
     assert "hello: failed" in caplog.text
-    assert trainer_status(socket).last == "hello: failed: ZeroDivisionError: by zero"
+    assert trainer_status(socket).last == f"hello: refused: {told}"
     assert trainer_status(socket).answered == 0
+
+
+def test_its_status_tells_no_path_and_no_text(resident: FakeResident, tmp_path: Path):
+    service = trainer._Service(resident, str(tmp_path / "llama"), "./private/notes.csv", threading.Event())
+    server = trainer._listen(tmp_path / "t.sock", service)
+    resident.fault = DataError("/srv/private/notes.csv: line 3: 'Anna was ill'")
+    ask_trainer(tmp_path / "t.sock", Question(0, "hello"), RUN)
+    status = trainer_status(tmp_path / "t.sock")
+    server.stop(grace=None).wait()
+    assert (status.model, status.data) == ("llama", "notes.csv")
+    assert status.last == "hello: refused: its data does not fit the run; the site's own log says why"
 
 
 def test_another_protocol_is_refused(socket: Path, monkeypatch: pytest.MonkeyPatch):
@@ -220,15 +232,28 @@ def test_a_long_path_is_named(tmp_path: Path):
         trainer_listens(tmp_path / ("x" * 120))
 
 
+def test_a_path_that_grpc_would_decode_is_named(tmp_path: Path):
+    with pytest.raises(RunError, match="has a %, which gRPC decodes; choose one without"):
+        trainer_listens(tmp_path / "a%20b.sock")
+
+
 def test_one_trainer_a_folder(tmp_path: Path):
     with (
-        trainer._alone(tmp_path),
-        pytest.raises(RunError, match=r"another trainer \(process \d+\)"),
-        trainer._alone(tmp_path),
+        alone(tmp_path / "lock", "--state s", "trainer", "end it"),
+        pytest.raises(RunError, match=rf"--state {tmp_path}: in use by another trainer \(process \d+\)"),
     ):
-        pass
-    with trainer._alone(tmp_path):
-        pass
+        trainer.run_trainer({"model": "m", "data": "d"}, tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_other_processes_of_its_user_cannot_look_into_it(tmp_path: Path):
+    """A node beside it would find the texts at /proc/PID/root."""
+    code = (
+        "import ctypes, sys; from pathlib import Path; from fl_client.trainer import run_trainer\n"
+        "try: run_trainer({}, Path('s'), Path('x' * 200))\n"
+        "except Exception: sys.exit(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_the_client_app_loads_no_torch():

@@ -98,6 +98,23 @@ def test_nodes_are_added_without_the_authoritys_key_and_without_naming_the_hosts
     assert "fed.example.org:8443" in (tmp_path / "flwr" / "config.toml").read_text()
 
 
+def test_a_node_whose_private_key_is_at_its_site_gets_no_other(tmp_path: Path):
+    make_keys(tmp_path, 2, HOSTS)
+    (tmp_path / "node-1").unlink()
+    assert make_keys(tmp_path, 3).made == ("node-3", "node-3.pub")
+    assert not (tmp_path / "node-1").exists()
+
+
+def test_another_authoritys_key_signs_nothing(tmp_path: Path):
+    make_keys(tmp_path / "a", 1, HOSTS)
+    make_keys(tmp_path / "b", 1, HOSTS)
+    (tmp_path / "a" / "server.pem").unlink()
+    (tmp_path / "b" / "ca.key").replace(tmp_path / "a" / "ca.key")
+    with pytest.raises(RunError, match=r"a: ca\.key is not the key of ca\.crt; bring the right one"):
+        make_keys(tmp_path / "a", 1)
+    assert not (tmp_path / "a" / "server.pem").exists()
+
+
 def test_another_port_is_written_to_flowers_home(tmp_path: Path):
     make_keys(tmp_path, 1, HOSTS, 8443)
     assert make_keys(tmp_path, 1, port=9000).made == ("config.toml",)

@@ -190,11 +190,39 @@ def test_rounds_may_be_raised_and_nothing_to_do_is_fine(tmp_path: Path):
         run(tmp_path / "a", rounds=3, resume=True, **options)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_servers_never_write_into_one_directory(tmp_path: Path, resume: bool):
+    """While the first waits for its clients, or trains."""
+    out, refused = tmp_path / "run", []
+
+    def second(request: Request, reply: Reply) -> list[Reply]:
+        if request.client == "0" and (request.kind == "hello" or resume):
+            with pytest.raises(
+                RunError, match=rf"in use by another run \(process {os.getpid()}\); end"
+            ) as told:
+                run(out, resume=resume)
+            refused.append(told)
+        return [reply]
+
+    if resume:
+        interrupted(out, 1)
+    run(out, FakeExchange([FakeClient(str(number)) for number in range(5)], second), resume=resume)
+    assert refused
+    run(tmp_path / "alone")
+    assert content(out) == content(tmp_path / "alone")
+    assert not (out / "lock").exists()
+
+
+def test_a_killed_server_holds_no_lock(tmp_path: Path):
+    (tmp_path / "lock").write_text("1")
+    run(tmp_path)
+
+
 def test_directories_that_are_taken_missing_or_damaged(tmp_path: Path):
     with pytest.raises(RunError, match="no run to resume"):
         run(tmp_path / "a", resume=True)
     interrupted(tmp_path / "a", 2)
-    with pytest.raises(RunError, match="taken by a run; go on with --resume or choose another --out"):
+    with pytest.raises(RunError, match=r"go on with resume=true \(fedvb: --resume\) or choose another out"):
         run(tmp_path / "a")
 
     history = tmp_path / "a" / "history.jsonl"
@@ -221,7 +249,7 @@ def test_directories_that_are_taken_missing_or_damaged(tmp_path: Path):
 def test_a_run_begins_in_a_folder_of_its_own(tmp_path: Path):
     """Not over the config.json of a model."""
     (tmp_path / "config.json").write_text("a model's")
-    with pytest.raises(RunError, match=r"holds config.json; choose a folder for --out that is new or empty"):
+    with pytest.raises(RunError, match=r"holds config.json; choose another out, a folder that is new or empty"):
         run(tmp_path, rounds=1)
     assert (tmp_path / "config.json").read_text() == "a model's"
 

@@ -285,7 +285,7 @@ def test_too_few_clients_pause_the_run_and_it_goes_on_when_they_are_back(
         run(tmp_path / "a", exchange, **options)
     assert str(stop.value) == (
         "round 1: 3 of 5 clients are there, expected 4; missing: 1, 3; paused after 600 seconds of waiting "
-        "(wait-seconds): bring the clients back and go on with --resume"
+        "(wait-seconds): bring the clients back and go on with resume=true (fedvb: --resume)"
     )
     told = [entry.getMessage() for entry in caplog.records if "waiting" in entry.getMessage()]
     assert told[0].startswith("waiting, 600 s more at most: round 1: 3 of 5 clients are there")

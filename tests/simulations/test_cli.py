@@ -190,7 +190,8 @@ def test_places_that_cannot_hold_a_run(fedvb: Run, small: list[str], tmp_path: P
     told = fedvb("simulate", *small, "--out", finished)
     assert (told.code, told.err) == (
         2,
-        f"fedvb: {finished}: taken by a run; go on with --resume or choose another --out\n",
+        f"fedvb: {finished}: taken by a run; go on with resume=true (fedvb: --resume) or choose another "
+        "out\n",
     )
     assert sorted(finished.rglob("*")) == before
     assert (tmp_path / "file").read_text() == "mine"

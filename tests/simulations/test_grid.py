@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from fl_client.app import handle
 from fl_server.app import GridExchange, app
 from fl_server.config_file import read_config
 from fl_server.exchange import Reply, Request
+from fl_server.observer import LogObserver
 from fl_server.rounds import run_rounds
 from simulations.grid import InProcessGrid, one_by_one, run_server_app
 from tests.fl_server.fakes import FakeClient, make_exchange, make_settings, read_history
@@ -198,8 +200,59 @@ def test_nodes_without_a_name_and_nodes_of_one_name():
     def twins(messages: list[Message], contexts: list[Context]) -> list[Message]:
         return [to_message(Reply("7", text="{}"), message) for message in messages]
 
-    with pytest.raises(RunError, match="nodes 2 and 3 both say that they are client 7"):
-        GridExchange.meet(InProcessGrid(twins, 3), 3, 1.0)
+    exchange = GridExchange.meet(InProcessGrid(twins, 3), 3, 1.0)
+    replies = list(exchange.ask([Request(name, "hello") for name in exchange.clients()], 1.0))
+    assert [reply.client for reply in replies] == ["node-2", "node-3", "node-4"]
+    told = r"nodes 2 and 3 and 4 have one name, 7; give each its own \(fedvb site --name; .*"
+    assert all(re.fullmatch(told, reply.error) for reply in replies)
+
+
+def test_a_site_whose_trainer_starts_late_takes_part(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fl_server.app.GREET_AGAIN", 0.05)
+    asked: list[int] = []
+
+    class Deployed(InProcessGrid):
+        in_process = False
+
+    def told(messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
+        for message in messages:
+            asked.append(node := message.metadata.dst_node_id)
+            if node == 3 and asked.count(3) < ready:
+                yield Message(Error(2, "trainer: none runs at this site"), reply_to=message)
+            else:
+                yield to_message(Reply(f"site {node}", text="{}"), message)
+
+    class Observer(LogObserver):
+        def waiting(self, why: str, seconds: float) -> None:
+            waits.append(why)
+
+    ready, waits = 3, []
+    exchange = GridExchange.meet(Deployed(told, 2), 2, 30.0, Observer())
+    assert waits == ["1 of 2 clients are ready; no trainer at node-3"]
+    assert (exchange.clients(), asked) == (["site 2", "site 3"], [2, 3, 3, 3])
+    ready = 1_000_000
+    exchange = GridExchange.meet(Deployed(told, 2), 2, 0.3)
+    assert exchange.clients() == ["node-3", "site 2"], "refused, when the time is over"
+    assert len(asked) > 6
+    asked.clear()
+    assert GridExchange.meet(Deployed(told, 3), 2, 30.0).clients() == ["site 2", "site 4"]
+    assert asked == [2, 3, 4], "enough are there"
+
+
+@pytest.mark.parametrize("claimed", ["0", "node-2"])
+def test_a_run_goes_on_without_nodes_of_one_name(tmp_path: Path, claimed: str):
+    """A name that is another node's, or that such a one would be called by."""
+
+    def twins(messages: list[Message], contexts: list[Context]) -> Iterator[Message]:
+        for message, context in zip(messages, contexts, strict=True):
+            reply = answer(message, context)
+            if context.node_config["partition-id"] == 4:
+                reply.content["text"]["client"] = claimed
+            yield reply
+
+    config = run_config(tmp_path, rounds=1)
+    run_server_app(app, InProcessGrid(twins, 5), config)
+    assert json.loads((tmp_path / "summary.json").read_text())["clients"] == (3 if claimed == "0" else 4)
 
 
 def test_a_node_that_comes_back_before_its_trainer_is_ready_is_asked_again(monkeypatch: pytest.MonkeyPatch):

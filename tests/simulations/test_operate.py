@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import tomllib
@@ -17,6 +18,8 @@ import pytest
 from fl_server.gate import GateSettings
 from simulations import watch
 from tests.simulations.conftest import Run
+from vblora.errors import RunError
+from vblora.files import alone
 
 
 @dataclass
@@ -93,6 +96,32 @@ def test_server_and_site_use_the_keys(fedvb: Run, became: Became, tmp_path: Path
     assert became.after("--node-config") == told_node
 
 
+def test_flowers_home_is_the_servers_own_or_somebodys_and_a_sites_always_its_own(
+    fedvb: Run, became: Became, tmp_path: Path, port: int
+):
+    os.environ["FLWR_HOME"] = str(
+        tmp_path / "superlink" / "flwr"
+    )  # before there is one, as in docs/deploy.md
+    assert fedvb("server", "--insecure", "--port", port).code == 0
+    assert became.calls[-1][1]["FLWR_HOME"] == os.environ["FLWR_HOME"]
+    assert f"127.0.0.1:{port}" in (tmp_path / "superlink" / "flwr" / "config.toml").read_text()
+    site = ("site", "--insecure", "--superlink", "h:1", "--socket", "t", "--state", "mine", "--port", port)
+    assert fedvb(*site).code == 0
+    assert became.calls[-1][1]["FLWR_HOME"] == str(tmp_path / "mine" / "flwr")
+    os.environ["FLWR_HOME"] = str(tmp_path / "home")
+    assert fedvb("server", "--insecure", "--port", port, "--state", "other").code == 0
+    assert became.calls[-1][1]["FLWR_HOME"] == str(tmp_path / "home")
+    assert not (tmp_path / "other" / "flwr").exists()
+
+
+def test_two_servers_on_one_state_are_refused(fedvb: Run, became: Became, tmp_path: Path, port: int):
+    with alone(tmp_path / "superlink" / "lock", "here", "test", "wait"):
+        told = fedvb("server", "--insecure", "--port", port)
+    assert (told.code, became.calls) == (2, [])
+    assert f"--state superlink: in use by another server (process {os.getpid()}); end that one" in told.err
+    assert not (tmp_path / "superlink" / "flwr").exists()
+
+
 def test_plain_text_only_when_asked_for(fedvb: Run, became: Became, port: int):
     assert "say --insecure" in fedvb("server").err
     assert "say --insecure" in fedvb("site", "--superlink", "h:8000", "--socket", "t.sock").err
@@ -120,6 +149,9 @@ def test_plain_text_only_when_asked_for(fedvb: Run, became: Became, port: int):
         (("site", "--superlink", "h:1", "--socket", "t", "--name", 'a" x="b'), "expected no quotes"),
         (("site", "--superlink", "h:1", "--socket", "t", "--name", "x" * 65), "has 65 characters"),
         (("keys", "--out", "k", "--nodes", "0"), "--nodes is 0"),
+        (("server", "--insecure", "--port", "70000"), "70000 is not in the range 1<=x<=65535"),
+        (("site", "--superlink", "h:1", "--socket", "t", "--port", "0"), "0 is not in the range 1<=x<=65535"),
+        (("watch", ".", "--prometheus", "70000"), "70000 is not in the range 1<=x<=65535"),
         (("status", "none"), "none: no run here"),
         (("server", "--insecure", "--state", "/dev/null/x"), "--state: /dev/null/x cannot be made (Not a"),
         (
@@ -210,6 +242,16 @@ def test_prometheus_tells_the_last_round(finished: Path):
         told = page.read().decode()
     assert "fedvb_round 3.0" in told
     assert "fedvb_clients_replied 2.0" in told
+
+
+def test_a_run_that_waits_for_its_clients_is_followed(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "events.jsonl").touch()
+    with pytest.raises(RunError, match="no run here"):
+        watch.watch(tmp_path, [], follow=False)
+    monkeypatch.setattr("time.sleep", lambda _: shutil.copytree(finished, tmp_path, dirs_exist_ok=True))
+    assert watch.watch(tmp_path, [], follow=True) == 4
 
 
 def test_what_watch_needs_is_named(fedvb: Run, finished: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import stat
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from safetensors.torch import save_file as torch_save
 
 from tests.vblora.make_golden import BLUEPRINT, make_state
 from vblora.errors import RunError
-from vblora.files import load_state, save_state, write_atomic
+from vblora.files import alone, load_state, save_state, write_atomic
 from vblora.spec import LoRASpec
 from vblora.state import TopK, initial_state
 
@@ -204,3 +207,45 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         load_state(tmp_path / "text")
     with pytest.raises(RunError, match="not a readable state file"):
         load_state(tmp_path)
+
+
+def test_one_holds_a_lock_and_leaves_nothing(tmp_path: Path):
+    file = tmp_path / "a" / "b" / "lock"
+    with alone(file, "here", "test", "wait"):
+        assert file.read_text() == str(os.getpid())
+        with (
+            pytest.raises(RunError, match=rf"here: in use by another test \(process {os.getpid()}\); wait"),
+            alone(file, "here", "test", "wait"),
+        ):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with (
+        pytest.raises(RunError, match=r"here: cannot be written to \(File exists\); wait"),
+        alone(Path("/dev/null/lock"), "here", "test", "wait"),
+    ):
+        pass
+
+
+def test_a_lock_that_is_removed_while_one_waits_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file, flock = tmp_path / "lock", fcntl.flock
+    held = []
+
+    def removed_meanwhile(opened: Any, how: int) -> None:
+        flock(opened, how)
+        if not held:
+            file.unlink()
+        held.append(opened)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    with alone(file, "here", "test", "wait"):
+        assert file.read_text() == str(os.getpid())
+    assert len(held) == 2
+
+
+def test_without_locks_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def none(opened: Any, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with alone(tmp_path / "lock", "here", "test", "wait"):
+        pass
