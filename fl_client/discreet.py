@@ -5,15 +5,28 @@ Error messages are for the site's own log: a parser quotes the line that it coul
 
 from __future__ import annotations
 
+import ctypes
 import json
+import logging
+import sys
 from pathlib import Path
 
 from vblora.errors import DataError, FedVBError, StartError
 
-__all__ = ["described_for_server", "name_for_server", "reason_for_server"]
+__all__ = ["described_for_server", "name_for_server", "reason_for_server", "shut_out_others"]
 
 LOG = "the site's own log says why"
 OUT_OF_MEMORY = "out of GPU memory; lower batch-size or max-length, or take a smaller dtype"
+PR_SET_DUMPABLE = 4  # of prctl
+
+log = logging.getLogger(__name__)
+
+
+def shut_out_others() -> None:
+    """Close /proc/PID to processes of the same user: a SuperNode's unit hides the texts from it, but
+    /proc/PID/root of a trainer would lead to them, and /proc/PID/mem to what it has read."""
+    if sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
+        log.warning("prctl: other processes of this user can read this one's memory and files")
 
 
 def described_for_server(described: str) -> str:

@@ -6,11 +6,9 @@ socket that only its own user can open. A caller that dies takes its question wi
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -37,7 +35,6 @@ WATCHERS = 4  # at most: they must leave threads for questions
 PATIENCE = 0.2  # seconds between looks at whether a waiting caller still lives, and between told steps
 TELL_EVERY = 5.0  # seconds between lines about the steps
 GIB = 1 << 30
-PR_SET_DUMPABLE = 4  # of prctl
 
 log = logging.getLogger("fedvb.trainer")
 
@@ -61,7 +58,6 @@ def run_trainer(
     Raises:
         FedVBError: the site's model or data cannot be used, or another trainer has this folder or socket.
     """
-    _shut_out_others()
     path = checked_socket(socket or state / "trainer.sock")
     if path.exists() and not path.is_socket():
         raise RunError(f"--socket {path}: there is something else of this name; choose another")
@@ -91,13 +87,6 @@ def run_trainer(
             server.stop(grace=None).wait()
             path.unlink(missing_ok=True)
     log.info("stopped")
-
-
-def _shut_out_others() -> None:
-    """Close /proc/PID to processes of the same user: a SuperNode's unit hides the texts from it, but
-    /proc/PID/root of a trainer would lead to them, and /proc/PID/mem to what it has read."""
-    if sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
-        log.warning("prctl: other processes of this user can read this one's memory and files")
 
 
 class _Stopped(Exception):

@@ -84,6 +84,9 @@ def trainer(
     Texts never leave this process: what it answers are counts, sums of
     losses, and updates. fedvb site takes the same --socket.
     """
+    from fl_client.discreet import shut_out_others
+
+    shut_out_others()  # before the seconds that the next two take
     from fl_client.resident import Budget
     from fl_client.trainer import run_trainer
 

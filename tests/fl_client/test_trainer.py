@@ -246,12 +246,13 @@ def test_one_trainer_a_folder(tmp_path: Path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_other_processes_of_its_user_cannot_look_into_it(tmp_path: Path):
+def test_other_processes_of_its_user_cannot_look_into_it():
     """A node beside it would find the texts at /proc/PID/root."""
     code = (
-        "import ctypes, sys; from pathlib import Path; from fl_client.trainer import run_trainer\n"
-        "try: run_trainer({}, Path('s'), Path('x' * 200))\n"
-        "except Exception: sys.exit(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+        "import ctypes, sys; from simulations import cli\n"
+        f"sys.argv = ['fedvb', 'trainer', '--model', 'm', '--data', 'd', '--state', {'x' * 200!r}]\n"
+        "try: cli.main()\n"
+        "except SystemExit as left: sys.exit(left.code - 2 + ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
